@@ -1,0 +1,106 @@
+"""The network of eq. 1, 2 and 6: blocks f_1 … f_B, average pool, bias-free linear classifier."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class Backbone(nn.Module):
+    """x -> enc -> h -> avg.pool -> z -> clf -> y.
+
+    Parameters
+    ----------
+    blocks
+        f_1 … f_B; block b maps x(b-1) to x(b) [N, D_b, H_b, W_b].
+    classifier
+        The linear layer [D_B -> C]; its weight's rows are the paper's columns c_j. A bias is refused: eq. 2 has none.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], classifier: nn.Linear) -> None:
+        super().__init__()
+        if not isinstance(classifier, nn.Linear):
+            raise ValueError(
+                f"the head is a {type(classifier).__name__}, not one linear layer: Theorem 1 holds for "
+                "average pool + linear only"
+            )
+        if classifier.bias is not None:
+            raise ValueError("the classifier has a bias; eq. 2 is stated without: build it with bias=False")
+        self.blocks = nn.ModuleList(blocks)
+        self.classifier = classifier
+
+    @property
+    def c(self) -> torch.Tensor:
+        """The classifier's columns c_j, [C, D]."""
+        return self.classifier.weight
+
+    def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x(1) … x(B), each [N, D_b, H_b, W_b]; the last is the encoder's output h."""
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        return outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Y = clf(avg.pool(enc(x))), [N, C]."""
+        return self.classifier(avg_pool(self.activations(x)[-1]))
+
+
+def avg_pool(h: torch.Tensor) -> torch.Tensor:
+    """Z of eq. 2: the mean over positions, [N, D, H, W] -> [N, D]."""
+    return h.mean((2, 3))
+
+
+def resnet(arch: str = "resnet34", classes: int = 10, weights: str = "scratch", seed: int = 0) -> Backbone:
+    """Any ResNet of torchvision as blocks B1 … B4 with a fresh bias-free classifier.
+
+    Parameters
+    ----------
+    arch
+        ``resnet18``, ``resnet34``, ``resnet50``, ``wide_resnet50_2``, ``resnext50_32x4d`` …
+    weights
+        ``imagenet`` (torchvision's IMAGENET1K_V1, downloaded on first use) or ``scratch``.
+    seed
+        Of the random initialisation; the caller's random state is left as it was.
+
+    Raises
+    ------
+    ValueError, ConnectionError
+        Unknown name; or the weights cannot be had, with the file to put in place.
+    """
+    from torchvision.models import get_model, list_models
+
+    known = [name for name in list_models() if "resne" in name and "quantized" not in name and "3d" not in name]
+    known = [name for name in known if not name.startswith(("fasterrcnn", "maskrcnn", "keypoint", "retinanet", "fcn", "deeplab"))]
+    if arch not in known:
+        raise ValueError(f"unknown arch {arch!r}: use one of {', '.join(known)}")
+    if weights not in ("imagenet", "scratch"):
+        raise ValueError(f"weights must be 'imagenet' or 'scratch', got {weights!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = get_model(arch, weights=None)
+        classifier = nn.Linear(network.fc.in_features, classes, bias=False)
+    if weights == "imagenet":
+        network.load_state_dict(_imagenet_weights(arch))
+    stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+    blocks = [nn.Sequential(*stem, network.layer1), network.layer2, network.layer3, network.layer4]
+    return Backbone(blocks, classifier).to(memory_format=torch.channels_last)
+
+
+def _imagenet_weights(arch: str) -> dict[str, torch.Tensor]:
+    from torchvision.models import get_model_weights
+
+    weights = get_model_weights(arch)["IMAGENET1K_V1"]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
+    try:
+        return weights.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise ConnectionError(
+            f"ImageNet weights of {arch} cannot be downloaded ({error}); put {weights.url} at {file}, "
+            "or train from scratch with weights='scratch'"
+        ) from None
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file} is damaged ({reason}); delete it and run again") from None

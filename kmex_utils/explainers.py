@@ -1,0 +1,136 @@
+"""All explainers are one form (eq. 3): x -> enc -> h -> sim(h_r, p_k) -> proj -> y.
+
+Each instance says where h is taken, what sim is and what proj is; :class:`Explainer` composes the three.
+
+==========================  =========================  =====================  ================================
+instance                    h                          sim                    proj
+==========================  =========================  =====================  ================================
+:class:`CNNAsSEM`           x(B), every position       dot product            average over positions
+:class:`KMEx`               z = avg.pool(x(B))         exp(-||z - p||)        one-hot of the class of the argmax
+:class:`EncoderKMeans`      q(b:), every position      one-hot of the argmin  counts in windows of K/C
+==========================  =========================  =====================  ================================
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .backbones import avg_pool
+from .composite import CompositeRows, Normalisation
+from .kmeans import Prototypes
+
+
+class Explainer(ABC):
+    """Eq. 3. ``activations`` are the backbone's x(1) … x(B), each [N, D_b, H_b, W_b]."""
+
+    @abstractmethod
+    def h(self, activations: Sequence[torch.Tensor]) -> Any:
+        """Where the prototypes live."""
+
+    @abstractmethod
+    def sim(self, h: Any) -> torch.Tensor:
+        """Similarity of every h_r to every prototype p_k."""
+
+    @abstractmethod
+    def proj(self, similarity: torch.Tensor) -> torch.Tensor:
+        """Prediction scores y, [N, C]."""
+
+    def __call__(self, activations: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Y = proj(sim(h)), [N, C]."""
+        return self.proj(self.sim(self.h(activations)))
+
+
+class CNNAsSEM(Explainer):
+    """The CNN itself (Theorem 1): prototypes are the classifier's columns c_j [C, D]."""
+
+    def __init__(self, c: torch.Tensor) -> None:
+        self.c = c.detach()
+
+    def h(self, activations: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The encoder's output, [N, R, D]."""
+        return activations[-1].flatten(2).transpose(1, 2)
+
+    def sim(self, h: torch.Tensor) -> torch.Tensor:
+        """h_r · c_j, [N, R, C]."""
+        return h @ self.c.T.to(h)
+
+    def proj(self, similarity: torch.Tensor) -> torch.Tensor:
+        """The average over positions, [N, C] (eq. 5)."""
+        return similarity.mean(1)
+
+
+class KMEx(Explainer):
+    """The classifier replaced by class-wise centroids of z (section 3.2)."""
+
+    def __init__(self, prototypes: Prototypes, classes: int) -> None:
+        self.prototypes = prototypes
+        self.classes = classes
+
+    def h(self, activations: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The embedding z, [N, D]."""
+        return avg_pool(activations[-1])
+
+    def sim(self, h: torch.Tensor) -> torch.Tensor:
+        """exp(-||z - p_k||), [N, K]."""
+        return torch.exp(-self.distances(h))
+
+    def distances(self, z: torch.Tensor) -> torch.Tensor:
+        """||z - p_k||, [N, K]."""
+        return torch.cdist(z, self.prototypes.vectors.to(z), compute_mode="donot_use_mm_for_euclid_dist")
+
+    def proj(self, similarity: torch.Tensor) -> torch.Tensor:
+        """One-hot of the class of the most similar prototype, [N, C]."""
+        labels = self.prototypes.labels.to(similarity.device)
+        return F.one_hot(labels[similarity.argmax(1)], self.classes).to(similarity)
+
+
+class EncoderKMeans(Explainer):
+    """The encoder explained from block b to the last (section 3.3): B4, B34, B234, B1234.
+
+    ``start_block`` b counts from 1. sim is one-hot, so it is kept as the index of its one: the explanation map.
+    """
+
+    def __init__(self, prototypes: Prototypes, classes: int, start_block: int, normalisation: Normalisation) -> None:
+        self.prototypes = prototypes
+        self.classes = classes
+        self.start_block = start_block
+        self.normalisation = normalisation
+
+    def h(self, activations: Sequence[torch.Tensor]) -> CompositeRows:
+        """The composite q(b:) of eq. 8, as an operator."""
+        return CompositeRows(activations[self.start_block - 1 :], self.normalisation)
+
+    def sim(self, h: CompositeRows) -> torch.Tensor:
+        """q_s of eq. 9: index of the closest of all K prototypes at every position, [N, H', W']; ties to the lowest."""
+        p = self.prototypes.vectors.to(h.device)
+        half = p.square().sum(1) / 2
+        nearest = [(h.dots(p, chunk) - half).argmax(1) for chunk in h.chunks(len(p))]
+        return torch.cat(nearest).view(h.images, *h.grid)
+
+    def proj(self, similarity: torch.Tensor) -> torch.Tensor:
+        """Eq. 10: how often a class's prototypes were chosen, averaged over its window of K/C, [N, C]."""
+        chosen = similarity.flatten(1)
+        counts = torch.zeros(len(chosen), len(self.prototypes), device=chosen.device)
+        counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=counts.dtype))
+        return counts.unflatten(1, (self.classes, -1)).mean(2)
+
+    def most_frequent(self, similarity: torch.Tensor) -> torch.Tensor:
+        """The other reading of the prediction: the class of the single most frequent prototype, [N]."""
+        labels = self.prototypes.labels.to(similarity.device)
+        return labels[torch.mode(similarity.flatten(1), 1).values]
+
+
+def block_name(start_block: int, blocks: int = 4) -> str:
+    """The paper's name of the explainer from a block on: 4 -> ``B4``, 2 -> ``B234``.
+
+    Raises
+    ------
+    ValueError
+        There is no such block.
+    """
+    if not 1 <= start_block <= blocks:
+        raise ValueError(f"there is no block {start_block}: start blocks run from 1 to {blocks}")
+    return "B" + "".join(map(str, range(start_block, blocks + 1)))

@@ -1,0 +1,71 @@
+"""Device, precision and seeds, chosen once and recorded."""
+
+import os
+
+import torch
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` takes CUDA, then Apple's MPS, then the CPU; any other name is PyTorch's own.
+
+    Raises
+    ------
+    ValueError
+        The named device is unknown or not on this machine.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}); use auto, cpu, cuda or mps") from None
+    return device
+
+
+def training_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The autocast type of training: ``auto`` is bfloat16 where the chip computes it natively, else float32.
+
+    Only training uses it; embeddings, prototypes and explanations are always float32.
+    """
+    match precision:
+        case "float32":
+            return torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case "auto" if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        case "auto" if device.type == "cpu":
+            capabilities = torch.cpu.get_capabilities()
+            native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+            return torch.bfloat16 if native else torch.float32
+        case "auto":
+            return torch.float32
+    raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
+
+
+def set_threads(count: int) -> int:
+    """Fix PyTorch's CPU threads (0: as the environment says); returns the number in force.
+
+    The order of floating-point sums follows the number of threads, so it is part of a run's settings.
+    """
+    if count < 0:
+        raise ValueError(f"threads must be 0 or more, got {count}")
+    if count:
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
+def machine() -> str:
+    """Chip and PyTorch version in a few words, to stand beside measured times."""
+    if torch.cuda.is_available():
+        chip = torch.cuda.get_device_name()
+    else:
+        chip = f"{os.cpu_count()} CPU cores"
+    return f"{chip}, PyTorch {torch.__version__}"
