@@ -43,4 +43,6 @@ def embed(
 ) -> torch.Tensor:
     """Embeddings z of a split, [N, D], on the CPU."""
     last = [len(backbone.blocks)]
-    return torch.cat([avg_pool(h).cpu() for (h,) in activations(backbone, dataset, split, last, device=device, **options)])
+    return torch.cat(
+        [avg_pool(h).cpu() for (h,) in activations(backbone, dataset, split, last, device=device, **options)]
+    )

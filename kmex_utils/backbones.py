@@ -73,7 +73,11 @@ def resnet(arch: str = "resnet34", classes: int = 10, weights: str = "scratch", 
     from torchvision.models import get_model, list_models
 
     known = [name for name in list_models() if "resne" in name and "quantized" not in name and "3d" not in name]
-    known = [name for name in known if not name.startswith(("fasterrcnn", "maskrcnn", "keypoint", "retinanet", "fcn", "deeplab"))]
+    known = [
+        name
+        for name in known
+        if not name.startswith(("fasterrcnn", "maskrcnn", "keypoint", "retinanet", "fcn", "deeplab"))
+    ]
     if arch not in known:
         raise ValueError(f"unknown arch {arch!r}: use one of {', '.join(known)}")
     if weights not in ("imagenet", "scratch"):

@@ -50,7 +50,7 @@ class Normalisation:
         return {"1/D": 1 / channels, "1/sqrt(D)": channels**-0.5, "1": 1.0}[self.scale]
 
 
-def composite(blocks: Sequence[torch.Tensor], normalisation: Normalisation = Normalisation()) -> torch.Tensor:  # noqa: B008
+def composite(blocks: Sequence[torch.Tensor], normalisation: Normalisation = Normalisation()) -> torch.Tensor:
     """q of eq. 8, written down: [N, R', Σ D_b] from block outputs x(b) [N, D_b, H_b, W_b], shallowest first.
 
     All-zero rows (or channels, or images) stay zero. Memory grows with R' Σ D_b; see :class:`CompositeRows`.
@@ -150,7 +150,7 @@ class CompositeRows:
         x(b) [N, D_b, H_b, W_b], shallowest first; R' = H W of the first.
     """
 
-    def __init__(self, blocks: Sequence[torch.Tensor], normalisation: Normalisation = Normalisation()) -> None:  # noqa: B008
+    def __init__(self, blocks: Sequence[torch.Tensor], normalisation: Normalisation = Normalisation()) -> None:
         if not all(torch.isfinite(x).all() for x in blocks):
             raise ValueError("the activations hold NaN or infinite values: check the images and the weights")
         self.grid = tuple(blocks[0].shape[2:])

@@ -64,8 +64,5 @@ def set_threads(count: int) -> int:
 
 def machine() -> str:
     """Chip and PyTorch version in a few words, to stand beside measured times."""
-    if torch.cuda.is_available():
-        chip = torch.cuda.get_device_name()
-    else:
-        chip = f"{os.cpu_count()} CPU cores"
+    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return f"{chip}, PyTorch {torch.__version__}"

@@ -39,7 +39,9 @@ def check(namespace: Mapping[str, Any]) -> dict[str, Any]:
 def checked(sources: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
     """As :func:`check`, of the cells run so far and the values they left."""
     types = {name: kind for source in sources for name, kind in _declared(source).items()}
-    unknown = [name for source in sources if source.startswith(_INJECTED) for name in _assigned(source) if name not in types]
+    unknown = [
+        name for source in sources if source.startswith(_INJECTED) for name in _assigned(source) if name not in types
+    ]
     for name in unknown:
         close = get_close_matches(name, types, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""

@@ -73,16 +73,26 @@ class Run:
         state, _ = load_tensors(path)
         broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
         if broken:
-            raise ValueError(f"{path} holds NaN or infinite weights ({broken[0]} …): train again with a lower learning_rate")
-        backbone = resnet(settings["arch"], len(settings["classes"]))
+            raise ValueError(
+                f"{path} holds NaN or infinite weights ({broken[0]} …): train again with a lower learning_rate"
+            )
+        arch, classes = settings["arch"], len(settings["classes"])
+        backbone = resnet(arch, classes)
         try:
             backbone.load_state_dict(state)
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
-            raise ValueError(
-                f"{path} does not fit {settings['arch']} with {len(settings['classes'])} classes ({reason}): train again"
-            ) from None
+            raise ValueError(f"{path} does not fit {arch} with {classes} classes ({reason}): train again") from None
         return backbone.eval().requires_grad_(False)
+
+    def c(self) -> torch.Tensor:
+        """The classifier's columns c_j, [C, D]."""
+        tensors, _ = load_tensors(self.folder / "backbone.safetensors")
+        return tensors["classifier.weight"]
+
+    def recipe(self) -> datasets.Recipe:
+        """The data set's recipe."""
+        return datasets.RECIPES.get(self.dataset, datasets.RECIPES["folder"])
 
     def load_dataset(self) -> datasets.Dataset:
         """The data set as it was for training."""
@@ -122,7 +132,14 @@ class Run:
     def save_results(self, stage: str, values: Iterable[tuple[str, str, str, float]], **settings: Any) -> None:
         """Numbers (model, metric, split, value) of a notebook, with the settings that made them."""
         records = [
-            {"dataset": self.dataset, "model": model, "metric": metric, "split": split, "seed": self.seed, "value": value}
+            {
+                "dataset": self.dataset,
+                "model": model,
+                "metric": metric,
+                "split": split,
+                "seed": self.seed,
+                "value": value,
+            }
             for model, metric, split, value in values
         ]
         content = {"backbone": self.settings()["backbone"], "settings": settings, "records": records}
@@ -137,7 +154,9 @@ class Run:
     def _existing(self, name: str, notebook: str) -> Path:
         path = self.folder / name
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: run notebook {notebook} with dataset={self.dataset} and seed={self.seed}")
+            raise FileNotFoundError(
+                f"{path} does not exist: run notebook {notebook} with dataset={self.dataset} and seed={self.seed}"
+            )
         return path
 
     def _check_origin(self, name: str, settings: dict[str, Any], notebook: str) -> None:

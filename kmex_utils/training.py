@@ -1,4 +1,4 @@
-"""Training by KMEx's recipe (Gautam et al. 2024): SGD, a cosine per step, cross-entropy; resumable after every epoch."""
+"""Training by KMEx's recipe (Gautam et al. 2024): SGD, a cosine per step, cross-entropy; resumable epoch by epoch."""
 
 import json
 import math
@@ -29,7 +29,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2:
-            raise ValueError(f"epochs must be at least 1 and batch_size at least 2, got {self.epochs} and {self.batch_size}")
+            raise ValueError(
+                f"epochs must be at least 1 and batch_size at least 2, got {self.epochs} and {self.batch_size}"
+            )
         if not self.learning_rate > 0 or not 0 <= self.momentum < 1:
             raise ValueError(
                 f"learning_rate must be positive and momentum in [0, 1), got {self.learning_rate} and {self.momentum}"
@@ -105,7 +107,9 @@ def train(
             step += 1
         mean_loss = (loss_sum / steps_per_epoch).item()
         if not math.isfinite(mean_loss):
-            raise ValueError(f"the loss is {mean_loss} in epoch {epoch + 1}: lower learning_rate ({schedule.learning_rate})")
+            raise ValueError(
+                f"the loss is {mean_loss} in epoch {epoch + 1}: lower learning_rate ({schedule.learning_rate})"
+            )
         accuracy = 100 * correct.item() / (steps_per_epoch * schedule.batch_size)
         record = {
             "epoch": epoch + 1,

@@ -1,0 +1,33 @@
+# `make reproduce` and `make test` build the environment they need from the pins in requirements.txt.
+
+PYTHON ?= python3
+CORES ?= all
+BIN := .venv/bin
+
+.PHONY: reproduce paper test lab clean
+
+reproduce: .venv/.complete ## every notebook on the embedded digits: tables, figures, executed notebooks, HTML
+	$(BIN)/python -m kmex_utils.batch config/quick.yaml --cores $(CORES)
+
+paper: .venv/.complete ## the paper's three data sets, five seeds
+	$(BIN)/python -m kmex_utils.batch config/paper.yaml --cores $(CORES)
+
+test: .venv/.complete ## style and tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lab: .venv/.complete ## step through the notebooks
+	$(BIN)/jupyter lab notebooks
+
+.venv/.complete: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+clean: ## results (not the environment, not the committed figures)
+	rm -rf runs .snakemake

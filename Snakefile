@@ -1,0 +1,221 @@
+"""One rule per notebook, over data sets and seeds. Started by `python -m kmex_utils.batch CONFIG`."""
+
+import json
+import shlex
+from pathlib import Path
+
+configfile: Path(workflow.basedir) / "config" / "quick.yaml"
+
+BASE = Path(workflow.basedir)
+RUNS = config.get("runs", "runs")
+FIGURES = config.get("figures", "figures")
+DATASETS = config["datasets"]
+SEEDS = config["seeds"]
+
+RUN = f"{RUNS}/{{dataset}}/seed-{{seed}}"  # one training
+DATA = f"{RUNS}/{{dataset}}"  # what is drawn from all of a data set's trainings
+TABLES = f"{FIGURES}/{{dataset}}"
+PER_SEED = ["01_train", "02_cnn_as_sem", "03_kmex", "04_encoder"]
+PER_DATASET = ["05_alignment", "06_accuracy", "07_umap", "08_interpretation"]
+TAKES = {  # parameters a data set's entry in the configuration may set, beside those the rules give
+    "01_train": ["folder", "classes", "crop", "images_per_class", "image_size", "arch", "weights", "epochs",
+                 "batch_size", "learning_rate", "momentum", "precision", "device", "data"],
+    "02_cnn_as_sem": ["device"],
+    "03_kmex": ["restarts"],
+    "04_encoder": ["start_blocks", "prototypes_per_class", "norm", "scale", "align_corners", "restarts", "device"],
+    "05_alignment": [],
+    "06_accuracy": [],
+    "07_umap": ["group"],
+    "08_interpretation": ["image", "target", "attribution_start"],
+}  # fmt: skip
+
+
+wildcard_constraints:
+    dataset="[^/]+",
+    seed="[0-9]+",
+
+
+for name, chosen in DATASETS.items():
+    unknown = set(chosen or {}) - set(sum(TAKES.values(), []))
+    if unknown:
+        raise WorkflowError(f"no notebook takes {', '.join(sorted(unknown))} (given for {name} in the configuration)")
+
+
+def code(notebook, *modules):
+    """A notebook's source and the modules that shape its results."""
+    return [BASE / "notebooks" / f"{notebook}.py", *(BASE / "kmex_utils" / f"{module}.py" for module in modules)]
+
+
+def given(notebook, **values):
+    """Parameters of a notebook as YAML for papermill: the rule's and the configuration's."""
+
+    def of(wildcards):
+        named = {name: value(wildcards) if callable(value) else value for name, value in values.items()}
+        chosen = DATASETS[wildcards.dataset] or {}
+        chosen = {name: chosen[name] for name in TAKES[notebook] if name in chosen}
+        parameters = {"dataset": wildcards.dataset, **chosen, **named, "runs": RUNS}
+        return shlex.quote(json.dumps(parameters))
+
+    return of
+
+
+def seed(wildcards):
+    return int(wildcards.seed)
+
+
+def papermill(notebook):
+    return f"papermill --no-progress-bar --log-level WARNING {BASE}/notebooks/{notebook}.ipynb {{log}} -y {{params.given}}"
+
+
+rule all:
+    input:
+        expand(f"{DATA}/notebooks/{{notebook}}.html", dataset=DATASETS, notebook=PER_DATASET),
+
+
+rule train:
+    """01: the backbone, its embeddings and accuracy."""
+    input:
+        code=code("01_train", "datasets", "backbones", "training", "hardware", "activations"),
+    output:
+        f"{RUN}/backbone.safetensors",
+        f"{RUN}/embeddings.safetensors",
+        f"{RUN}/results-train.json",
+    params:
+        given=given("01_train", seed=seed, threads=config["threads"]),
+    log:
+        f"{RUN}/notebooks/01_train.ipynb",
+    threads: config["threads"]
+    shell:
+        papermill("01_train")
+
+
+rule cnn_as_sem:
+    """02: Theorem 1."""
+    input:
+        f"{RUN}/backbone.safetensors",
+        code=code("02_cnn_as_sem", "explainers"),
+    output:
+        f"{RUN}/results-sem.json",
+    params:
+        given=given("02_cnn_as_sem", seed=seed),
+    log:
+        f"{RUN}/notebooks/02_cnn_as_sem.ipynb",
+    threads: config["threads"]
+    shell:
+        papermill("02_cnn_as_sem")
+
+
+rule kmex:
+    """03: class-wise k-means on z."""
+    input:
+        f"{RUN}/embeddings.safetensors",
+        f"{RUN}/results-train.json",
+        code=code("03_kmex", "explainers", "kmeans", "measures"),
+    output:
+        f"{RUN}/results-kmex.json",
+    params:
+        given=given("03_kmex", seed=seed),
+    log:
+        f"{RUN}/notebooks/03_kmex.ipynb",
+    threads: config["threads"]
+    shell:
+        papermill("03_kmex")
+
+
+rule encoder:
+    """04: class-wise k-means on the composite, from each start block."""
+    input:
+        f"{RUN}/backbone.safetensors",
+        f"{RUN}/results-train.json",
+        code=code("04_encoder", "explainers", "kmeans", "composite", "measures", "activations"),
+    output:
+        f"{RUN}/results-encoder.json",
+    params:
+        given=given("04_encoder", seed=seed, threads=config["threads"]),
+    log:
+        f"{RUN}/notebooks/04_encoder.ipynb",
+    threads: config["threads"]
+    shell:
+        papermill("04_encoder")
+
+
+rule alignment:
+    """05: Table 1."""
+    input:
+        expand(f"{RUN}/results-kmex.json", seed=SEEDS, allow_missing=True),
+        code=code("05_alignment", "measures", "tables"),
+    output:
+        f"{TABLES}/table1.csv",
+        f"{TABLES}/table1.md",
+    params:
+        given=given("05_alignment", seeds=SEEDS, figures_folder=FIGURES),
+    log:
+        f"{DATA}/notebooks/05_alignment.ipynb",
+    threads: config["threads"]
+    shell:
+        papermill("05_alignment")
+
+
+rule accuracy:
+    """06: Table 2."""
+    input:
+        expand(f"{RUN}/results-{{stage}}.json", seed=SEEDS, stage=["train", "sem", "kmex", "encoder"], allow_missing=True),
+        code=code("06_accuracy", "tables"),
+    output:
+        f"{TABLES}/table2.csv",
+        f"{TABLES}/table2.md",
+    params:
+        given=given("06_accuracy", seeds=SEEDS, figures_folder=FIGURES),
+    log:
+        f"{DATA}/notebooks/06_accuracy.ipynb",
+    threads: config["threads"]
+    shell:
+        papermill("06_accuracy")
+
+
+rule umap:
+    """07: Figure 2, of the first seed."""
+    input:
+        expand(f"{RUN}/results-kmex.json", seed=SEEDS[0], allow_missing=True),
+        code=code("07_umap", "figures"),
+    output:
+        f"{TABLES}/figure2.png",
+        f"{TABLES}/figure2.pdf",
+        f"{TABLES}/figure2.csv",
+    params:
+        given=given("07_umap", seed=SEEDS[0], figures_folder=FIGURES),
+    log:
+        f"{DATA}/notebooks/07_umap.ipynb",
+    threads: config["threads"]
+    shell:
+        papermill("07_umap")
+
+
+rule interpretation:
+    """08: Figure 1, of the first seed."""
+    input:
+        expand(f"{RUN}/results-encoder.json", seed=SEEDS[0], allow_missing=True),
+        code=code("08_interpretation", "interpretation", "attribution", "figures"),
+    output:
+        f"{TABLES}/figure1.png",
+        f"{TABLES}/figure1.pdf",
+    params:
+        given=given("08_interpretation", seed=SEEDS[0], figures_folder=FIGURES),
+    log:
+        f"{DATA}/notebooks/08_interpretation.ipynb",
+    threads: config["threads"]
+    shell:
+        papermill("08_interpretation")
+
+
+rule html:
+    """Every executed notebook of a data set as a page."""
+    input:
+        expand(f"{TABLES}/{{product}}", product=["table1.csv", "table2.csv", "figure1.png", "figure2.png"], allow_missing=True),
+    output:
+        expand(f"{RUN}/notebooks/{{notebook}}.html", seed=SEEDS, notebook=PER_SEED, allow_missing=True),
+        expand(f"{DATA}/notebooks/{{notebook}}.html", notebook=PER_DATASET, allow_missing=True),
+    params:
+        executed=lambda wildcards, output: [str(Path(page).with_suffix(".ipynb")) for page in output],
+    shell:
+        "jupyter nbconvert --to html --log-level ERROR {params.executed}"

@@ -1,0 +1,153 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 1. Train the backbone
+#
+# The paper starts from a CNN that ends in average pool and a linear layer without bias (eq. 1, 2):
+#
+# $$x \xrightarrow{\;\mathrm{enc}\;} h \xrightarrow{\;\mathrm{avg.\,pool}\;} z \xrightarrow{\;\mathrm{clf}\;} y,
+# \qquad z = \frac1R\sum_{r=1}^R h_r, \qquad y_j = z \cdot c_j .$$
+#
+# This notebook trains it as *Gautam et al. (2024)* do and keeps the weights, the embeddings $z$ and the accuracy.
+# Everything after it works on the frozen network.
+
+# %% tags=["parameters"]
+dataset: str = "mnist-mini"  # mnist-mini, mnist, stl10, cub200; with `folder`, any label for your own images
+seed: int = 0  # of initialisation, shuffling and augmentation
+folder: str = ""  # own images: train/<class>/*, test/<class>/*
+classes: str = ""  # comma-separated names or patterns of the classes to keep, e.g. *Sparrow; empty: all
+crop: bool = False  # cub200: cut each image to its bounding box
+images_per_class: int = 0  # keep the first so many of each class in either split; 0: all
+image_size: int = 0  # pixels; 0: the data set's own
+arch: str = "resnet34"  # any torchvision ResNet
+weights: str = ""  # imagenet or scratch; empty: the data set's own
+epochs: int = 0  # 0: the data set's own
+batch_size: int = 0  # 0: the data set's own
+learning_rate: float = 0.0  # at the first step; 0: the data set's own
+momentum: float = -1.0  # of SGD; -1: the data set's own
+precision: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 where the chip has it
+device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
+threads: int = 0  # CPU threads, part of what fixes the result to the last bit; 0: as the environment says
+data: str = "data"  # where downloads go
+runs: str = "runs"  # where results go: <runs>/<dataset>/seed-<seed>/
+
+# %%
+from kmex_utils import parameters
+
+settings = parameters.check(globals())
+
+# %% [markdown]
+# ## Data
+#
+# Images are decoded and resized once. The recipe that comes with a data set holds the paper's settings for it; for
+# `mnist-mini`, which trains from scratch in minutes, the deviations are marked in `kmex_utils/datasets.py`.
+
+# %%
+from dataclasses import asdict
+
+from kmex_utils import datasets
+
+choice = {name: settings[name] for name in ("folder", "classes", "crop", "images_per_class", "image_size", "data")}
+images = datasets.load(dataset, **choice)
+recipe = images.recipe
+print(f"{len(images.train):,} training and {len(images.test):,} test images of {len(images.classes)} classes")
+asdict(recipe)
+
+# %%
+from kmex_utils import figures
+
+first = [int((images.train.labels == c).nonzero()[0]) for c in range(min(10, len(images.classes)))]
+figures.image_grid([images.train.rgb(i) for i in first], [images.classes[images.train.labels[i]] for i in first])
+# %% [markdown]
+# ## Network
+#
+# A ResNet seen as four blocks $x \to x^{(1)} \to \dots \to x^{(4)} = h$ (eq. 6). Their resolutions fix how fine the
+# explanation maps of B4, B34, B234 and B1234 can be.
+
+# %%
+from kmex_utils import hardware
+from kmex_utils.backbones import resnet
+
+device = hardware.pick_device(device)
+threads = hardware.set_threads(threads)
+backbone = resnet(arch, len(images.classes), weights or recipe.weights, seed)
+blocks = backbone.eval().activations(images.normalise(images.train.pixels[:2]))
+{f"B{b}": f"{x.shape[2]} x {x.shape[3]} positions, {x.shape[1]} channels" for b, x in enumerate(blocks, 1)}
+
+# %% [markdown]
+# ## Training
+#
+# SGD with a cosine from the first to the last step and cross-entropy. The state is kept after every epoch: a run that
+# was killed continues from there and ends with the same weights.
+
+# %%
+from kmex_utils.runs import Run
+from kmex_utils.training import Schedule, train
+
+run = Run.of(runs, dataset, seed)
+schedule = Schedule(
+    epochs=epochs or recipe.epochs,
+    batch_size=batch_size or recipe.batch_size,
+    learning_rate=learning_rate or recipe.learning_rate,
+    final_learning_rate=recipe.final_learning_rate,
+    momentum=recipe.momentum if momentum < 0 else momentum,
+)
+made_by = {
+    "dataset": dataset,
+    "data": choice,
+    "arch": arch,
+    "weights": weights or recipe.weights,
+    "seed": seed,
+    "threads": threads,
+}
+made_by["classes"] = list(images.classes)
+history = train(
+    backbone,
+    images,
+    schedule,
+    seed=seed,
+    checkpoint=run.training_state,
+    made_by=made_by,
+    precision=precision,
+    device=device,
+)
+
+# %%
+figures.training_curve(history)
+# %% [markdown]
+# ## Embeddings and accuracy
+#
+# One pass over the training images, without augmentation, and one over the test images, in float32.
+
+# %%
+from kmex_utils.activations import embed
+from kmex_utils.measures import accuracy
+
+z = {split: embed(backbone, images, split, device=device) for split in ("train", "test")}
+labels = {split: images.split(split).labels for split in z}
+reached = {split: accuracy((z[split] @ backbone.c.detach().cpu().T).argmax(1), labels[split]) for split in z}
+{split: f"{value:.2f} %" for split, value in reached.items()}
+
+# %%
+trained = {"schedule": asdict(schedule), "precision": precision, "history": history, "machine": hardware.machine()}
+run.save_backbone(backbone, {**made_by, **trained})
+run.save_embeddings(**{split: (z[split], labels[split]) for split in z})
+run.save_results(
+    "train", [("CNN", "accuracy", split, value) for split, value in reached.items()], **trained["schedule"]
+)
+run.training_state.unlink(missing_ok=True)
+print(f"weights, embeddings and results are in {run.folder}")

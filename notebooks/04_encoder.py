@@ -1,0 +1,158 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 4. Explain the encoder: B4, B34, B234
+#
+# KMEx sees an image after pooling, so it cannot say *where*. Section 3.3 moves the prototypes into the encoder. The
+# outputs $x^{(b)}$ of the blocks from $b$ on are upsampled to the shallowest one's grid (eq. 7), normalised, scaled and
+# concatenated (eq. 8):
+#
+# $$u^{(b)} = \mathrm{Upsample}(x^{(b)}), \qquad
+# q_h = \mathrm{Concatenate}\Bigl(\frac{u^{(b)}}{D_b\,\lVert u^{(b)}\rVert}\Bigr) \in \mathbb R^{R'\times\sum_b D_b}.$$
+#
+# Prototypes are the class-wise k-means centroids of the *rows* of $q_h$. Every position of an image goes to its closest
+# prototype (eq. 9), which gives the explanation map $q_s$; counting the map by class gives the prediction (eq. 10).
+
+# %% tags=["parameters"]
+dataset: str = "mnist-mini"  # as in 01_train
+seed: int = 0  # of the training to explain, and of k-means
+start_blocks: list[int] = [4, 3, 2]  # 4: B4, 3: B34, 2: B234, 1: B1234
+prototypes_per_class: int = 0  # K/C; 0: the data set's own
+norm: str = "position"  # what ||u|| of eq. 8 runs over: position, channel or image
+scale: str = "1/D"  # the factor beside it: 1/D, 1/sqrt(D) or 1
+align_corners: bool = False  # of the bilinear interpolation of eq. 7
+restarts: int = 10  # of k-means; the best is kept
+device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
+threads: int = 0  # CPU threads; 0: as the environment says
+runs: str = "runs"  # where 01_train left its results
+
+# %%
+from kmex_utils import parameters
+
+settings = parameters.check(globals())
+
+# %%
+from kmex_utils import hardware
+from kmex_utils.composite import Normalisation
+from kmex_utils.explainers import block_name
+from kmex_utils.runs import Run
+
+run = Run.of(runs, dataset, seed)
+names = {b: block_name(b) for b in sorted(start_blocks, reverse=True)}
+normalisation = Normalisation(norm, scale, align_corners)
+device, threads = hardware.pick_device(device), hardware.set_threads(threads)
+backbone, images = run.backbone(), run.load_dataset()
+per_class = prototypes_per_class or images.recipe.prototypes_per_class
+
+# %% [markdown]
+# ## Activations
+#
+# Of the frozen network, each block at its own resolution. $q_h$ itself is never built: upsampling acts on positions and
+# the dot product on channels, so the two commute, as average pool and classifier do in Theorem 1.
+
+# %%
+from kmex_utils.activations import collect
+
+wanted = list(range(min(names), 5))
+x = {split: collect(backbone, images, split, wanted, device=device) for split in ("train", "test")}
+labels = {split: images.split(split).labels for split in x}
+{f"B{b}": tuple(block.shape) for b, block in zip(wanted, x["train"], strict=True)}
+
+# %% [markdown]
+# ## Clustering
+
+# %%
+from kmex_utils.composite import CompositeRows
+from kmex_utils.explainers import EncoderKMeans
+from kmex_utils.kmeans import classwise
+
+made_by = {"per_class": per_class, "norm": norm, "scale": scale, "align_corners": align_corners, "restarts": restarts}
+explainers = {}
+for b, name in names.items():
+    blocks = x["train"][b - min(names) :]
+    prototypes = classwise(
+        lambda index, blocks=blocks: CompositeRows([block[index].to(device) for block in blocks], normalisation),
+        labels["train"],
+        images.classes,
+        per_class,
+        seed=seed,
+        restarts=restarts,
+        progress=name,
+    )
+    run.save_prototypes(name, prototypes, {**made_by, "start_block": b, "seed": seed})
+    explainers[b] = EncoderKMeans(prototypes, len(images.classes), b, normalisation)
+
+# %% [markdown]
+# ## Accuracy
+#
+# Eq. 10 can be read in two ways: the class with the most positions (our default), or the class of the single most
+# frequent prototype. Both are reported.
+
+# %%
+import torch
+
+from kmex_utils.measures import accuracy
+
+results, maps = [], {}
+for b, explainer in explainers.items():
+    for split in x:
+        batches = zip(*(block.split(256) for block in x[split]), strict=True)
+        q_s = [
+            explainer.sim(explainer.h([None] * (min(names) - 1) + [u.to(device) for u in batch])).cpu()
+            for batch in batches
+        ]
+        q_s = torch.cat(q_s)
+        results.append((names[b], "accuracy", split, accuracy(explainer.proj(q_s).argmax(1), labels[split])))
+        results.append(
+            (names[b], "accuracy_most_frequent", split, accuracy(explainer.most_frequent(q_s), labels[split]))
+        )
+        maps[b, split] = q_s
+run.save_results("encoder", results, **made_by, start_blocks=list(names))
+
+# %%
+import pandas as pd
+
+cnn = [(r["model"], r["metric"], r["split"], r["value"]) for r in run.results("train", "01_train")]
+table = pd.DataFrame(cnn + results, columns=["model", "metric", "split", "%"])
+table.pivot(index="model", columns=["metric", "split"], values="%").reindex(["CNN", *names.values()]).round(2)
+
+# %% [markdown]
+# ## A first look at the maps
+#
+# The same test images by each explainer; a colour is a class here, for an overview. Notebook 8 shows single prototypes.
+
+# %%
+import matplotlib.pyplot as plt
+
+from kmex_utils.figures import palette
+
+some = [int((labels["test"] == c).nonzero()[0]) for c in range(len(images.classes)) if (labels["test"] == c).any()][:10]
+colours = torch.tensor(palette(len(images.classes)))
+figure, axes = plt.subplots(1 + len(names), len(some), figsize=(len(some), 1.1 * (1 + len(names))), squeeze=False)
+for column, i in enumerate(some):
+    axes[0, column].imshow(images.test.rgb(i))
+    axes[0, column].set_title(
+        images.classes[labels["test"][i]][:10].replace("_", " "), fontsize=8, color=colours[labels["test"][i]].numpy()
+    )
+    for row, b in enumerate(names, 1):
+        axes[row, column].imshow(colours[explainers[b].prototypes.labels[maps[b, "test"][i]]])
+for row, name in enumerate(["image", *names.values()]):
+    axes[row, 0].set_ylabel(name)
+for side in axes.flat:
+    side.set_xticks([])
+    side.set_yticks([])
+plt.show()

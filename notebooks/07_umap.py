@@ -1,0 +1,139 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 7. Where the prototypes lie (Figure 2)
+#
+# A UMAP projection of the embeddings $z$ of a group of classes, training images opaque and test images faint. Left, the
+# classifier's columns $c_j$ raw (crosses) and rescaled to the mean length of their class (triangles); right, the
+# prototypes of KMEx (squares). UMAP is fitted on the training embeddings; everything else is projected by it.
+
+# %% tags=["parameters"]
+dataset: str = "mnist-mini"  # as in 01_train
+seed: int = 0  # of the training to show, and of UMAP
+group: str = ""  # comma-separated names or patterns of the classes to show, e.g. *Sparrow; empty: all
+prototypes_per_class: int = 0  # K/C of the KMEx shown; 0: the data set's own
+images_per_class: int = 200  # at most so many of each class and split are projected; 0: all
+neighbours: int = 15  # UMAP's n_neighbors
+minimum_distance: float = 0.1  # UMAP's min_dist
+runs: str = "runs"  # where the earlier notebooks left their results
+figures_folder: str = "figures"  # the figure goes to <figures_folder>/<dataset>/
+
+# %%
+from kmex_utils import parameters
+
+settings = parameters.check(globals())
+
+# %%
+from kmex_utils.runs import Run
+
+run = Run.of(runs, dataset, seed)
+trained = run.settings()
+k = prototypes_per_class or run.recipe().prototypes_per_class
+kmex, _ = run.prototypes(f"KMEx-{k}", "03_kmex")
+c = run.c()
+
+# %% [markdown]
+# ## The class group
+
+# %%
+import torch
+
+from kmex_utils.datasets import matching
+
+keep = matching(tuple(trained["classes"]), group)
+names = [trained["classes"][j] for j in keep]
+
+
+def of_group(vectors, labels, limit=0):
+    """Rows of the kept classes (the first `limit` of each) and their positions in `names`."""
+    rows = [(labels == j).nonzero().flatten()[: limit or None] for j in keep]
+    return vectors[torch.cat(rows)].numpy(), torch.cat([torch.full((len(r),), i) for i, r in enumerate(rows)]).numpy()
+
+
+train = of_group(*run.embeddings("train"), images_per_class)
+test = of_group(*run.embeddings("test"), images_per_class)
+print(f"{len(names)} classes, {len(train[0]):,} training and {len(test[0]):,} test embeddings")
+
+# %% [markdown]
+# ## Prototypes
+#
+# $c_j$ is rescaled to the mean length of its class's embeddings, so that direction alone is compared.
+
+# %%
+z, labels = run.embeddings("train")
+length = torch.stack([z[labels == j].norm(dim=1).mean() for j in range(len(c))])
+rescaled = c / c.norm(dim=1, keepdim=True) * length[:, None]
+index = torch.arange(len(c))
+prototypes = {
+    "c_j": of_group(c, index),
+    "c_j rescaled": of_group(rescaled, index),
+    f"KMEx (K/C={k})": of_group(kmex.vectors, kmex.labels),
+}
+
+# %% [markdown]
+# ## Projection
+
+# %%
+from umap import UMAP
+
+projection = UMAP(n_neighbors=neighbours, min_dist=minimum_distance, random_state=seed, n_jobs=1).fit(train[0])
+placed = {name: (projection.transform(vectors), classes) for name, (vectors, classes) in prototypes.items()}
+placed_test = projection.transform(test[0])
+
+# %%
+from kmex_utils import figures, paths
+
+*left, right = placed
+figure = figures.figure2(
+    names,
+    projection.embedding_,
+    train[1],
+    placed_test,
+    test[1],
+    left={name: placed[name] for name in left},
+    right={right: placed[right]},
+)
+figures.save(figure, paths.resolve(figures_folder) / dataset / "figure2")
+figure
+
+# %% [markdown]
+# ## The same in numbers
+#
+# A projection can mislead, so the picture's claim is also measured in the embedding space: of the ten training
+# embeddings nearest to a prototype, how many are of its class; and how far is it from its class's mean, in units of the
+# class's own root-mean-square radius (a typical embedding is at 1).
+
+# %%
+import numpy as np
+import pandas as pd
+from sklearn.neighbors import NearestNeighbors
+
+from kmex_utils.store import replacing
+
+near = NearestNeighbors(n_neighbors=min(10, len(train[0]))).fit(train[0])
+centre = np.stack([train[0][train[1] == i].mean(0) for i in range(len(names))])
+radius = np.array([np.sqrt(((train[0][train[1] == i] - centre[i]) ** 2).sum(1).mean()) for i in range(len(names))])
+rows = []
+for name, (vectors, classes) in prototypes.items():
+    found = train[1][near.kneighbors(vectors, return_distance=False)]
+    distance = np.linalg.norm(vectors - centre[classes], axis=1) / radius[classes]
+    rows.append((name, 100 * (found == classes[:, None]).mean(), np.median(distance), distance.max()))
+columns = ["prototypes", "own class among 10 nearest (%)", "distance to class mean, median (radii)", "maximum (radii)"]
+numbers = pd.DataFrame(rows, columns=columns)
+with replacing(paths.resolve(figures_folder) / dataset / "figure2.csv") as temporary:
+    numbers.to_csv(temporary, index=False, float_format="%.4g")
+numbers.set_index("prototypes").round(2)

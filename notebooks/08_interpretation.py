@@ -1,0 +1,96 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 8. The interpretation process (Figure 1)
+#
+# Each image receives two explanations. The *explanation map* shows which prototype each position is closest to. The
+# *attribution* says how much each segment speaks for the backbone's class $j$ (eq. 11),
+#
+# $$\mathrm{att}(h_{wh}, c_j) = \frac{h_{wh}\cdot c_j}{\lVert c_j\rVert^2},$$
+#
+# carried up to shallower blocks without gradients: upsample $\mathrm{att}^{(b+1:)}$ to block $b$'s grid and average it
+# over each segment of $q_s^{(b:)}$.
+
+# %% tags=["parameters"]
+dataset: str = "mnist-mini"  # as in 01_train
+seed: int = 0  # of the training to explain
+image: int = 7  # index in the test split
+target: str = ""  # class to attribute to; empty: the backbone's prediction
+start_blocks: list[int] = [4, 2]  # explainers drawn from left to right: 4 is B4, 2 is B234
+attribution_start: str = "segments"  # att(4:) averaged over B4's segments, or raw: eq. 11 as it is
+runs: str = "runs"  # where the earlier notebooks left their results
+figures_folder: str = "figures"  # the figure goes to <figures_folder>/<dataset>/
+
+# %%
+from kmex_utils import parameters
+
+settings = parameters.check(globals())
+
+# %%
+from kmex_utils.composite import Normalisation
+from kmex_utils.explainers import EncoderKMeans, block_name
+from kmex_utils.runs import Run
+
+run = Run.of(runs, dataset, seed)
+backbone, images = run.backbone(), run.load_dataset()
+explainers = {}
+for b in range(min(start_blocks), 5):
+    prototypes, made_by = run.prototypes(block_name(b), "04_encoder")
+    normalisation = Normalisation(made_by["norm"], made_by["scale"], made_by["align_corners"])
+    explainers[b] = EncoderKMeans(prototypes, len(images.classes), b, normalisation)
+list(explainers)
+
+# %% [markdown]
+# ## One image
+#
+# The map's colours are the borders of the patches: for each prototype the closest training example, cut to the segment
+# it lies in. Above each patch, the prototype's class and the share of the image it covers. Red speaks for the class,
+# blue against it, on one scale for both depths.
+
+# %%
+from kmex_utils import figures, paths
+from kmex_utils.interpretation import interpret
+
+if not 0 <= image < len(images.test):
+    raise ValueError(f"image must be an index of the {len(images.test)} test images, got {image}")
+if target and target not in images.classes:
+    raise ValueError(f"target must be one of {', '.join(images.classes)}, got {target!r}")
+j = images.classes.index(target) if target else None
+found = interpret(
+    backbone, images, explainers, images.test.pixels[image], start_blocks, target=j, attribution_start=attribution_start
+)
+truth = images.classes[images.test.labels[image]].replace("_", " ")
+figure = figures.figure1(images.test.rgb(image), found, f"{dataset}, test image {image} ({truth})")
+figures.save(figure, paths.resolve(figures_folder) / dataset / "figure1")
+figure
+
+# %% [markdown]
+# ## In numbers
+#
+# The segments of each map with the attribution they share.
+
+# %%
+import pandas as pd
+
+rows = []
+for result in found:
+    for patch in result.patches:
+        segment = result.map == patch.prototype
+        rows.append(
+            (result.name, patch.prototype, patch.class_name, 100 * patch.share, result.attribution[segment].mean())
+        )
+pd.DataFrame(rows, columns=["explainer", "prototype", "class", "share (%)", "attribution"]).round(2)
