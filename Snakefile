@@ -64,7 +64,9 @@ def seed(wildcards):
 
 
 def papermill(notebook):
-    return f"papermill --no-progress-bar --log-level WARNING {BASE}/notebooks/{notebook}.ipynb {{log}} -y {{params.given}}"
+    """The command of a rule; what the notebook prints is shown as it comes."""
+    command = "papermill --no-progress-bar --log-level WARNING --stdout-file >(cat)"
+    return f"{command} {BASE}/notebooks/{notebook}.ipynb {{log}} -y {{params.given}}"
 
 
 rule all:
@@ -85,6 +87,8 @@ rule train:
     log:
         f"{RUN}/notebooks/01_train.ipynb",
     threads: config["threads"]
+    message:
+        "training: {wildcards.dataset}, seed {wildcards.seed}"
     shell:
         papermill("01_train")
 
@@ -101,6 +105,8 @@ rule cnn_as_sem:
     log:
         f"{RUN}/notebooks/02_cnn_as_sem.ipynb",
     threads: config["threads"]
+    message:
+        "CNN as a SEM: {wildcards.dataset}, seed {wildcards.seed}"
     shell:
         papermill("02_cnn_as_sem")
 
@@ -118,6 +124,8 @@ rule kmex:
     log:
         f"{RUN}/notebooks/03_kmex.ipynb",
     threads: config["threads"]
+    message:
+        "KMEx: {wildcards.dataset}, seed {wildcards.seed}"
     shell:
         papermill("03_kmex")
 
@@ -135,6 +143,8 @@ rule encoder:
     log:
         f"{RUN}/notebooks/04_encoder.ipynb",
     threads: config["threads"]
+    message:
+        "encoder prototypes: {wildcards.dataset}, seed {wildcards.seed}"
     shell:
         papermill("04_encoder")
 
@@ -152,6 +162,8 @@ rule alignment:
     log:
         f"{DATA}/notebooks/05_alignment.ipynb",
     threads: config["threads"]
+    message:
+        "Table 1: {wildcards.dataset}"
     shell:
         papermill("05_alignment")
 
@@ -169,6 +181,8 @@ rule accuracy:
     log:
         f"{DATA}/notebooks/06_accuracy.ipynb",
     threads: config["threads"]
+    message:
+        "Table 2: {wildcards.dataset}"
     shell:
         papermill("06_accuracy")
 
@@ -187,6 +201,8 @@ rule umap:
     log:
         f"{DATA}/notebooks/07_umap.ipynb",
     threads: config["threads"]
+    message:
+        "Figure 2: {wildcards.dataset}"
     shell:
         papermill("07_umap")
 
@@ -204,6 +220,8 @@ rule interpretation:
     log:
         f"{DATA}/notebooks/08_interpretation.ipynb",
     threads: config["threads"]
+    message:
+        "Figure 1: {wildcards.dataset}"
     shell:
         papermill("08_interpretation")
 
@@ -217,5 +235,7 @@ rule html:
         expand(f"{DATA}/notebooks/{{notebook}}.html", notebook=PER_DATASET, allow_missing=True),
     params:
         executed=lambda wildcards, output: [str(Path(page).with_suffix(".ipynb")) for page in output],
+    message:
+        "pages: {wildcards.dataset}"
     shell:
         "jupyter nbconvert --to html --log-level ERROR {params.executed}"

@@ -45,7 +45,7 @@ def run(config: Path, runs: Path, figures: Path, options: list[str]) -> int:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     folders = [f"runs={_short(runs)}", f"figures={_short(figures)}"]
     always = ["--snakefile", str(paths.ROOT / "Snakefile"), "--configfile", str(config), "--config", *folders]
-    always += ["--directory", str(paths.ROOT), "--nolock", "--rerun-incomplete", "--quiet", "rules", "host"]
+    always += ["--directory", str(paths.ROOT), "--nolock", "--rerun-incomplete", "--quiet", "host"]
     with lock:
         try:
             snakemake([*always, *options])

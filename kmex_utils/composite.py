@@ -78,7 +78,7 @@ class _Upsampled:
         self.n, self.channels, self.height, self.width = x.shape
         self.out = size
         self.a_h, self.a_w = (
-            interpolation(o, i, normalisation.align_corners).to(x.device)
+            interpolation(o, i, normalisation.align_corners).to(x)
             for o, i in zip(size, (self.height, self.width), strict=True)
         )
         factor = normalisation.factor(self.channels)

@@ -123,7 +123,7 @@ def kmeans(
     if start is None:
         centroids = _plus_plus(rows, k, restarts, generator)
     else:
-        centroids = start[None].to(rows.device, torch.float32)
+        centroids = start[None].to(rows.device, copy=True)
     threshold = tolerance * _mean_variance(rows)
     return _lloyd(rows, centroids, max_iterations, threshold)
 

@@ -77,13 +77,14 @@ class Run:
                 f"{path} holds NaN or infinite weights ({broken[0]} …): train again with a lower learning_rate"
             )
         arch, classes = settings["arch"], len(settings["classes"])
-        backbone = resnet(arch, classes)
+        with torch.device("meta"):  # no weights are drawn only to be replaced
+            backbone = resnet(arch, classes)
         try:
-            backbone.load_state_dict(state)
+            backbone.load_state_dict(state, assign=True)
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
             raise ValueError(f"{path} does not fit {arch} with {classes} classes ({reason}): train again") from None
-        return backbone.eval().requires_grad_(False)
+        return backbone.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def c(self) -> torch.Tensor:
         """The classifier's columns c_j, [C, D]."""

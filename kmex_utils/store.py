@@ -29,7 +29,10 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapp
 
     with replacing(path) as temporary:
         save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            {
+                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, tensor in tensors.items()
+            },
             temporary,
             {"settings": json.dumps(settings)},
         )

@@ -1,0 +1,41 @@
+import os
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """The slow ones last, so that a broken equation shows first."""
+    items.sort(key=lambda item: len({"notebook", "batch"} & {mark.name for mark in item.iter_markers()}))
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def blocks_of(n=3, sizes=((6, 5), (3, 3), (2, 1)), channels=(4, 6, 8), seed=0):
+    """Block outputs like a ResNet's: non-negative, some of it zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, d, *size, generator=generator).relu() for d, size in zip(channels, sizes, strict=True)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Own images: two classes that differ in colour, of different sizes."""
+    generator = np.random.default_rng(0)
+    root = tmp_path / "birds"
+    for split, count in (("train", 6), ("test", 3)):
+        for name, colour in (("red", (200, 30, 30)), ("blue bird", (30, 30, 200))):
+            directory = root / split / name
+            directory.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.normal(colour, 20, (40 + i, 50, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(directory / f"{i}.png")
+    return root

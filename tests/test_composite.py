@@ -1,0 +1,136 @@
+"""The operator of composite.py against eq. 7 and 8 written with loops."""
+
+import math
+
+import pytest
+import torch
+from conftest import blocks_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kmex_utils.composite import NORMS, SCALES, CompositeRows, Normalisation, composite
+
+
+def naive_composite(blocks, norm, scale, align_corners):
+    """Eq. 7 and 8 position by position: q[n][r] as a list of numbers."""
+    images, (height, width) = len(blocks[0]), blocks[0].shape[2:]
+    rows = torch.zeros(images, height * width, sum(x.shape[1] for x in blocks), dtype=torch.float64)
+    offset = 0
+    for x in blocks:
+        x = x.double()
+        channels, h, w = x.shape[1:]
+        u = torch.zeros(images, channels, height, width, dtype=torch.float64)
+        for i in range(height):
+            for j in range(width):
+                top, low, a = _between(i, height, h, align_corners)
+                left, right, b = _between(j, width, w, align_corners)
+                u[:, :, i, j] = (1 - a) * ((1 - b) * x[:, :, top, left] + b * x[:, :, top, right])
+                u[:, :, i, j] += a * ((1 - b) * x[:, :, low, left] + b * x[:, :, low, right])
+        factor = {"1/D": 1 / channels, "1/sqrt(D)": 1 / math.sqrt(channels), "1": 1.0}[scale]
+        for n in range(images):
+            for i in range(height):
+                for j in range(width):
+                    for c in range(channels):
+                        length = {
+                            "position": u[n, :, i, j].norm(),
+                            "channel": u[n, c].norm(),
+                            "image": u[n].norm(),
+                        }[norm]
+                        value = u[n, c, i, j] / length if length > 0 else 0.0
+                        rows[n, i * width + j, offset + c] = value * factor
+        offset += channels
+    return rows
+
+
+def _between(i, out, size, align_corners):
+    """The two source positions around target position i, and the weight of the second."""
+    if align_corners:
+        at = i * (size - 1) / (out - 1) if out > 1 else 0.0
+    else:
+        at = max(0.0, (i + 0.5) * size / out - 0.5)
+    low = min(int(at), size - 1)
+    return low, min(low + 1, size - 1), at - low
+
+
+def all_chunks(rows, columns=1):
+    return list(rows.chunks(columns))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_composite_is_eq_8(norm, scale, align_corners):
+    blocks = blocks_of()
+    blocks[0][0, :, 2, 3] = 0  # a dead position
+    blocks[1][1] = 0  # a dead block
+    expected = naive_composite(blocks, norm, scale, align_corners)
+    q = composite(blocks, Normalisation(norm, scale, align_corners))
+    torch.testing.assert_close(q.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_operator_is_the_matrix(norm, align_corners):
+    blocks = blocks_of()
+    blocks[0][0, :, 2, 3] = 0
+    blocks[1][1] = 0
+    blocks[2][:, 3] = 0  # a dead channel
+    check_operator(blocks, Normalisation(norm, "1", align_corners))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 3),
+    sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+    channels=st.lists(st.integers(1, 7), min_size=4, max_size=4),
+    norm=st.sampled_from(NORMS),
+    scale=st.sampled_from(SCALES),
+    align_corners=st.booleans(),
+    signed=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_operator_is_the_matrix_for_any_shape(n, sizes, channels, norm, scale, align_corners, signed, seed):
+    generator = torch.Generator().manual_seed(seed)
+    blocks = [torch.randn(n, d, *size, generator=generator) for size, d in zip(sizes, channels, strict=False)]
+    blocks = blocks if signed else [x.relu() for x in blocks]
+    check_operator([x.double() for x in blocks], Normalisation(norm, scale, align_corners))
+
+
+def check_operator(blocks, normalisation):
+    dtype = blocks[0].dtype
+    q = composite(blocks, normalisation).flatten(0, 1)
+    rows = CompositeRows(blocks, normalisation)
+    generator = torch.Generator().manual_seed(1)
+    p = torch.randn(5, q.shape[1], generator=generator, dtype=dtype)
+    weights = torch.rand(len(q), 4, generator=generator, dtype=dtype)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    assert (len(rows), rows.dim) == tuple(q.shape)
+    everything = slice(0, len(rows))
+    torch.testing.assert_close(rows.dots(p, everything), q @ p.T, **tolerance)
+    torch.testing.assert_close(rows.sums(weights, everything), weights.T @ q, **tolerance)
+    torch.testing.assert_close(rows.squared_lengths(everything), q.square().sum(1), **tolerance)
+    index = torch.randint(len(q), (7,), generator=generator)
+    torch.testing.assert_close(rows.rows(index), q[index], **tolerance)
+
+
+def test_chunks_cover_every_row_once():
+    rows = CompositeRows(blocks_of(n=7))
+    for budget in (1, 100, 10**9):
+        covered = [r for chunk in rows.chunks(3, budget) for r in range(chunk.start, chunk.stop)]
+        assert covered == list(range(len(rows)))
+    p = torch.randn(3, rows.dim)
+    parts = torch.cat([rows.dots(p, chunk) for chunk in rows.chunks(3, 100)])
+    torch.testing.assert_close(parts, rows.dots(p, slice(0, len(rows))))
+
+
+@pytest.mark.parametrize("options", [{"norm": "row"}, {"scale": "2"}])
+def test_unknown_options_are_refused(options):
+    with pytest.raises(ValueError, match="must be one of"):
+        Normalisation(**options)
+
+
+def test_not_a_number_is_refused():
+    blocks = blocks_of()
+    blocks[1][0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        CompositeRows(blocks)

@@ -1,0 +1,171 @@
+"""Eq. 3, 5, 9, 10, 11, Theorem 1 and the attribution recursion, each against loops."""
+
+import pytest
+import torch
+from conftest import blocks_of
+
+from kmex_utils.attribution import attribution, attributions, segment_mean, upsample
+from kmex_utils.backbones import avg_pool, resnet
+from kmex_utils.composite import Normalisation, composite
+from kmex_utils.explainers import CNNAsSEM, EncoderKMeans, KMEx, block_name
+from kmex_utils.kmeans import Prototypes
+
+
+def prototypes(vectors, labels):
+    zeros = torch.zeros(len(vectors), dtype=torch.int64)
+    return Prototypes(vectors, torch.tensor(labels), zeros, zeros, zeros, torch.zeros(1))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("size", [(64, 64), (75, 50)])
+def test_theorem_1(arch, size):
+    backbone = resnet(arch, 7, seed=1).eval()
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = backbone(x)
+        sem = CNNAsSEM(backbone.c)(backbone.activations(x))
+    torch.testing.assert_close(sem, y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
+    assert y.std() > 0
+
+
+def test_cnn_as_sem_by_position():
+    h = torch.randn(2, 5, 3, 4)
+    c = torch.randn(6, 5)
+    y = CNNAsSEM(c)([h])
+    for n in range(2):
+        for j in range(6):
+            scores = [h[n, :, i, k] @ c[j] for i in range(3) for k in range(4)]
+            assert y[n, j].item() == pytest.approx(torch.stack(scores).mean().item(), abs=1e-5)
+
+
+def test_kmex_is_the_nearest_prototype():
+    generator = torch.Generator().manual_seed(0)
+    p = prototypes(torch.randn(6, 5, generator=generator), [0, 0, 1, 1, 2, 2])
+    h = torch.randn(9, 5, 2, 2, generator=generator)
+    kmex = KMEx(p, 3)
+    z = avg_pool(h)
+    similarity = kmex.sim(kmex.h([h]))
+    for n in range(9):
+        distance = torch.stack([(z[n] - vector).square().sum().sqrt() for vector in p.vectors])
+        torch.testing.assert_close(similarity[n], torch.exp(-distance))
+        expected = torch.zeros(3)
+        expected[p.labels[distance.argmin()]] = 1
+        assert kmex([h])[n].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("start_block", [1, 2, 3])
+def test_encoder_is_eq_9_and_10(start_block):
+    blocks = blocks_of(n=4, seed=3)
+    used = blocks[start_block - 1 :]
+    normalisation = Normalisation(scale="1/sqrt(D)")
+    q = composite(used, normalisation)
+    p = prototypes(q.flatten(0, 1)[torch.tensor([0, 2, 1, 0])] + 0.01, [0, 0, 1, 1])
+    explainer = EncoderKMeans(p, 2, start_block, normalisation)
+    q_s = explainer.sim(explainer.h(blocks))
+    y = explainer.proj(q_s)
+    height, width = used[0].shape[2:]
+    assert q_s.shape == (4, height, width)
+    for n in range(4):
+        one_hot = torch.zeros(height * width, 4)
+        for r in range(height * width):
+            distance = torch.stack([(q[n, r] - vector).norm() for vector in p.vectors])
+            k = q_s[n].flatten()[r]
+            assert distance[k] <= distance.min() + 1e-5
+            one_hot[r, k] = 1
+        counts = one_hot.sum(0)
+        expected = torch.nn.functional.avg_pool1d(counts[None, None], 2)[0, 0]
+        torch.testing.assert_close(y[n], expected)
+
+
+def test_ties_go_to_the_lowest_index():
+    blocks = blocks_of(n=1)[:1]
+    p = prototypes(torch.ones(4, 4), [0, 0, 1, 1])
+    explainer = EncoderKMeans(p, 2, 1, Normalisation())
+    assert explainer.sim(explainer.h(blocks)).unique().tolist() == [0]
+
+
+def test_two_readings_of_the_prediction_can_differ():
+    p = prototypes(torch.eye(4), [0, 0, 1, 1])
+    explainer = EncoderKMeans(p, 2, 1, Normalisation())
+    q_s = torch.tensor([[[0, 0, 0, 0, 2, 2, 2, 3, 3]]])  # prototype 0 leads, class 1 has more positions
+    assert explainer.proj(q_s).argmax(1).tolist() == [1]
+    assert explainer.most_frequent(q_s).tolist() == [0]
+
+
+def test_eq_11():
+    h, c = torch.randn(2, 5, 3, 4), torch.randn(2, 5)
+    att = attribution(h, c)
+    for n in range(2):
+        for i in range(3):
+            for j in range(4):
+                expected = (h[n, :, i, j] @ c[n] / (c[n] @ c[n])).item()
+                assert att[n, i, j].item() == pytest.approx(expected, abs=1e-5)
+    own = attribution(c[:, :, None, None].expand(-1, -1, 2, 2), c)
+    torch.testing.assert_close(own, torch.ones(2, 2, 2))
+
+
+def test_segment_mean_by_definition():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 4, 5, generator=generator)
+    segments = torch.randint(4, (3, 4, 5), generator=generator) * 7
+    mean = segment_mean(values, segments)
+    for n in range(3):
+        for i in range(4):
+            for j in range(5):
+                expected = values[n][segments[n] == segments[n, i, j]].mean()
+                torch.testing.assert_close(mean[n, i, j], expected)
+
+
+def explainers_for(blocks, k=6):
+    generator = torch.Generator().manual_seed(1)
+    found = {}
+    for b in (1, 2, 3):
+        q = composite(blocks[b - 1 :]).flatten(0, 1)
+        chosen = q[torch.randint(len(q), (k,), generator=generator)]
+        found[b] = EncoderKMeans(prototypes(chosen, [0, 0, 1, 1, 2, 2]), 3, b, Normalisation())
+    return found
+
+
+@pytest.mark.parametrize("start", ["segments", "raw"])
+def test_attribution_recursion(start):
+    blocks = blocks_of(n=2, sizes=((8, 8), (4, 4), (2, 2)))
+    explainers = explainers_for(blocks)
+    c = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+    target = torch.tensor([2, 0])
+    maps = attributions(blocks, c, target, explainers, start=start)
+    segments = {b: e.sim(e.h(blocks)) for b, e in explainers.items()}
+    att = attribution(blocks[-1], c[target])
+    expected = {3: att if start == "raw" else segment_mean(att, segments[3])}
+    for b in (2, 1):
+        size = blocks[b - 1].shape[2:]
+        up = torch.nn.functional.interpolate(expected[b + 1][:, None], size, mode="bilinear")[:, 0]
+        expected[b] = segment_mean(up, segments[b])
+    assert maps.keys() == expected.keys()
+    for b, att in maps.items():
+        torch.testing.assert_close(att, expected[b])
+        assert len(att[0].unique()) <= len(segments[b][0].unique()) or start == "raw"
+
+
+def test_segment_means_keep_the_image_mean():
+    """Averaging over segments moves attribution around but creates none."""
+    values, segments = torch.randn(2, 6, 6), torch.randint(5, (2, 6, 6))
+    torch.testing.assert_close(segment_mean(values, segments).mean((1, 2)), values.mean((1, 2)), atol=1e-6, rtol=1e-4)
+
+
+def test_attribution_without_the_deeper_prototypes_is_refused():
+    blocks = blocks_of()
+    explainers = explainers_for(blocks)
+    with pytest.raises(ValueError, match=r"also needs the prototypes from block\(s\) \[2\]"):
+        attributions(blocks, torch.randn(3, 8), torch.zeros(3, dtype=int), {1: explainers[1], 3: explainers[3]})
+    with pytest.raises(ValueError, match="segments"):
+        attributions(blocks, torch.randn(3, 8), torch.zeros(3, dtype=int), explainers, start="cam")
+
+
+def test_upsample_keeps_a_constant():
+    assert torch.equal(upsample(torch.full((1, 2, 3), 4.0), (6, 7)), torch.full((1, 6, 7), 4.0))
+
+
+def test_names():
+    assert [block_name(b) for b in (4, 3, 2, 1)] == ["B4", "B34", "B234", "B1234"]
+    with pytest.raises(ValueError, match="start blocks run from 1 to 4"):
+        block_name(5)

@@ -1,0 +1,162 @@
+import numpy as np
+import pytest
+import torch
+from conftest import blocks_of
+from sklearn.cluster import KMeans
+
+from kmex_utils import kmeans as module
+from kmex_utils.composite import CompositeRows, Normalisation, composite
+from kmex_utils.kmeans import DenseRows, Prototypes, classwise, kmeans
+
+
+def clouds(k=4, n=50, dim=6, spread=0.3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = 3 * torch.randn(k, dim, generator=generator)
+    return (centres[:, None] + spread * torch.randn(k, n, dim, generator=generator)).flatten(0, 1)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_one_restart_is_scikit_learns(k):
+    x = torch.rand(400, 8, generator=torch.Generator().manual_seed(k))
+    start = x[:k]
+    theirs = KMeans(k, init=start.numpy().copy(), n_init=1, tol=1e-4, algorithm="lloyd").fit(x.numpy())
+    ours = kmeans(DenseRows(x), k, start=start)
+    torch.testing.assert_close(ours.centroids, torch.from_numpy(theirs.cluster_centers_), rtol=1e-4, atol=1e-5)
+    assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
+    assert ours.sizes.tolist() == np.bincount(theirs.labels_, minlength=k).tolist()
+
+
+def test_restarts_reach_scikit_learns_inertia():
+    x = torch.rand(500, 5, generator=torch.Generator().manual_seed(3))
+    theirs = min(KMeans(8, n_init=10, random_state=s).fit(x.numpy()).inertia_ for s in range(3))
+    ours = min(kmeans(DenseRows(x), 8, seed=s).inertia for s in range(3))
+    assert ours <= 1.01 * theirs
+
+
+def test_separated_clouds_are_found():
+    x = clouds()
+    found = kmeans(DenseRows(x), 4)
+    assert found.sizes.tolist() == [50] * 4
+    means = x.view(4, 50, -1).mean(1)
+    assert torch.cdist(found.centroids, means).min(1).values.max() < 1e-4
+
+
+@pytest.mark.parametrize("norm", ["position", "channel", "image"])
+def test_composite_without_the_matrix_is_scikit_learn_on_it(norm):
+    normalisation = Normalisation(norm, "1/sqrt(D)")
+    blocks = blocks_of(n=12, seed=5)
+    q = composite(blocks, normalisation).flatten(0, 1)
+    start = q[::60][:5]
+    theirs = KMeans(5, init=start.numpy().copy(), n_init=1, tol=1e-4).fit(q.numpy())
+    ours = kmeans(CompositeRows(blocks, normalisation), 5, start=start)
+    torch.testing.assert_close(ours.centroids, torch.from_numpy(theirs.cluster_centers_), rtol=1e-3, atol=1e-4)
+    assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-4)
+
+
+def test_nearest_row_and_inertia_by_definition():
+    x = clouds()
+    found = kmeans(DenseRows(x), 4)
+    distance = torch.cdist(x, found.centroids, compute_mode="donot_use_mm_for_euclid_dist").double()
+    assert found.nearest.tolist() == distance.argmin(0).tolist()
+    assert found.inertia == pytest.approx(distance.min(1).values.square().sum().item(), rel=1e-5)
+
+
+def test_same_seed_same_result_other_seed_other_draws():
+    x = torch.rand(300, 4, generator=torch.Generator().manual_seed(0))
+    first, again = (kmeans(DenseRows(x), 9, restarts=1, seed=4) for _ in range(2))
+    assert torch.equal(first.centroids, again.centroids)
+    assert not torch.equal(first.centroids, kmeans(DenseRows(x), 9, restarts=1, seed=5).centroids)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    blocks = blocks_of(n=9, seed=2)
+    whole = kmeans(CompositeRows(blocks), 4, restarts=3)
+    original = CompositeRows.chunks
+    monkeypatch.setattr(CompositeRows, "chunks", lambda self, columns: original(self, columns, budget=200))
+    parts = kmeans(CompositeRows(blocks), 4, restarts=3)
+    torch.testing.assert_close(parts.centroids, whole.centroids, rtol=1e-4, atol=1e-6)
+    assert parts.sizes.tolist() == whole.sizes.tolist()
+
+
+def test_scale_of_the_data_does_not_matter():
+    """Rows of length 1/512 must not stop early: the tolerance follows the data."""
+    x = torch.rand(400, 6, generator=torch.Generator().manual_seed(1))
+    large, small = kmeans(DenseRows(x), 6), kmeans(DenseRows(x * 2**-12), 6)
+    assert large.iterations == small.iterations
+    torch.testing.assert_close(small.centroids * 2**12, large.centroids)
+
+
+def test_an_empty_cluster_moves_to_the_farthest_row():
+    x = torch.tensor([[0.0], [0.1], [0.2], [5.0]])
+    found = kmeans(DenseRows(x), 2, start=torch.tensor([[0.1], [100.0]]))
+    assert sorted(found.centroids.flatten().tolist()) == pytest.approx([0.1, 5.0])
+
+
+def test_k_equal_to_the_rows_and_duplicates():
+    x = torch.rand(6, 3, generator=torch.Generator().manual_seed(0))
+    found = kmeans(DenseRows(x), 6)
+    assert found.inertia == pytest.approx(0, abs=1e-9)
+    assert sorted(found.nearest.tolist()) == list(range(6))
+    same = kmeans(DenseRows(torch.ones(5, 2)), 3)
+    assert torch.equal(same.centroids, torch.ones(3, 2)) and same.sizes.sum() == 5
+
+
+@pytest.mark.parametrize("k", [0, 7])
+def test_k_out_of_range_is_refused(k):
+    with pytest.raises(ValueError, match="between 1 and the 6 rows"):
+        kmeans(DenseRows(torch.rand(6, 3)), k)
+
+
+def test_not_a_number_is_refused():
+    with pytest.raises(ValueError, match="NaN"):
+        DenseRows(torch.tensor([[0.0], [torch.nan]]))
+
+
+def test_classwise_clusters_each_class_by_itself():
+    x, labels = clouds(k=6, n=20), torch.arange(6).repeat_interleave(20) % 3
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
+    x, labels = x[order], labels[order]
+    found = classwise(lambda index: DenseRows(x[index]), labels, "abc", 2)
+    assert found.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert found.sizes.tolist() == [20] * 6
+    for k in range(6):
+        own = (labels == found.labels[k]).nonzero().flatten()
+        nearest = own[(x[own] - found.vectors[k]).norm(dim=1).argmin()]
+        assert found.image[k] == nearest and found.position[k] == 0
+
+
+def test_classwise_positions_point_into_the_grid():
+    blocks = blocks_of(n=8, seed=1)
+    labels = torch.tensor([0, 1] * 4)
+    found = classwise(lambda index: CompositeRows([x[index] for x in blocks]), labels, "ab", 3)
+    q = composite(blocks)
+    for k in range(6):
+        distance = (q[labels == found.labels[k]] - found.vectors[k]).norm(dim=2)
+        reached = (q[found.image[k], found.position[k]] - found.vectors[k]).norm()
+        assert reached.item() == pytest.approx(distance.min().item(), rel=1e-4)
+        assert labels[found.image[k]] == found.labels[k]
+
+
+def test_too_many_prototypes_for_a_class_is_one_clear_line():
+    labels = torch.tensor([0, 0, 0, 1])
+    with pytest.raises(ValueError, match=r"class 'owl' has 1 training rows \(1 images\), fewer than K/C = 2: lower"):
+        classwise(lambda index: DenseRows(torch.rand(len(index), 2)), labels, ["wren", "owl"], 2)
+    with pytest.raises(ValueError, match="class 'owl' has no training images"):
+        classwise(lambda index: DenseRows(torch.rand(len(index), 2)), labels[:3], ["wren", "owl"], 2)
+
+
+def test_prototypes_survive_the_disk(tmp_path):
+    x, labels = clouds(), torch.arange(4).repeat_interleave(50)
+    saved = classwise(lambda index: DenseRows(x[index]), labels, "abcd", 2)
+    saved.save(tmp_path / "p.safetensors", {"per_class": 2})
+    loaded, settings = Prototypes.load(tmp_path / "p.safetensors")
+    assert settings == {"per_class": 2}
+    for field in module.fields(Prototypes):
+        assert torch.equal(getattr(loaded, field.name), getattr(saved, field.name))
+
+
+def test_the_given_start_is_left_alone():
+    x = clouds()
+    before = x.clone()
+    kmeans(DenseRows(x), 4, start=x[:4])
+    assert torch.equal(x, before)

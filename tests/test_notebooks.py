@@ -1,0 +1,145 @@
+"""Every notebook through papermill on a few real digits; the numbers they leave are checked by name."""
+
+import json
+import re
+
+import jupytext
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+
+from kmex_utils import paths
+
+ALL = sorted(path.stem for path in paths.NOTEBOOKS.glob("*.py"))
+TINY = {
+    "01_train": dict(image_size=32, images_per_class=20, arch="resnet18", epochs=2, batch_size=20, precision="float32"),
+    "04_encoder": dict(start_blocks=[4, 3, 2], prototypes_per_class=2, restarts=2),
+    "07_umap": dict(group="0,1,2", images_per_class=15),
+    "08_interpretation": dict(image=3),
+}
+
+
+def test_the_story_is_complete():
+    assert ALL == [
+        "01_train",
+        "02_cnn_as_sem",
+        "03_kmex",
+        "04_encoder",
+        "05_alignment",
+        "06_accuracy",
+        "07_umap",
+        "08_interpretation",
+    ]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_pairs_are_in_sync_and_without_output(name):
+    notebook = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    script = jupytext.read(paths.NOTEBOOKS / f"{name}.py")
+    cells = [[(c.cell_type, c.source, c.metadata.get("tags", [])) for c in pair.cells] for pair in (notebook, script)]
+    assert cells[0] == cells[1], f"run: jupytext --sync notebooks/{name}.py"
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    assert "jupytext_version" not in (paths.NOTEBOOKS / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_parameters_read_like_a_manual(name):
+    found = papermill.inspect_notebook(str(paths.NOTEBOOKS / f"{name}.ipynb"))
+    for parameter in found.values():
+        assert parameter["inferred_type_name"] not in ("None", None), parameter
+        assert len(parameter["help"]) > 5, parameter
+
+
+def execute(name, folder, **parameters):
+    out = folder / f"{name}.ipynb"
+    return papermill.execute_notebook(
+        str(paths.NOTEBOOKS / f"{name}.ipynb"), str(out), parameters, progress_bar=False, cwd=str(folder)
+    )
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """All notebooks, in order, for one seed."""
+    folder = tmp_path_factory.mktemp("story")
+    for name in ALL:
+        given = {"dataset": "mnist-mini", "runs": str(folder / "runs"), **TINY.get(name, {})}
+        if name >= "05":
+            given["figures_folder"] = str(folder / "figures")
+        if name not in ("05_alignment", "06_accuracy"):
+            given["seed"] = 3
+        execute(name, folder, **given)
+    return folder
+
+
+def results(story, stage):
+    content = json.loads((story / "runs" / "mnist-mini" / "seed-3" / f"results-{stage}.json").read_text())
+    return {(r["model"], r["metric"], r["split"]): r["value"] for r in content["records"]}
+
+
+@pytest.mark.notebook
+def test_named_results(story):
+    train = results(story, "train")
+    assert set(train) == {("CNN", "accuracy", "train"), ("CNN", "accuracy", "test")}
+    assert results(story, "sem")["CNN", "theorem1_residual", "test"] < 1e-5
+    kmex = results(story, "kmex")
+    assert {model for model, *_ in kmex} == {"KMEx (K/C=1)", "KMEx (K/C=5)"}
+    encoder = results(story, "encoder")
+    assert {model for model, *_ in encoder} == {"B4", "B34", "B234"}
+    assert all(0 <= value <= 100 for part in (train, kmex, encoder) for value in part.values())
+
+
+@pytest.mark.notebook
+def test_tables(story):
+    folder = story / "figures" / "mnist-mini"
+    table1, table2 = (pd.read_csv(folder / f"table{i}.csv") for i in (1, 2))
+    for table in (table1, table2):
+        assert list(table) == ["dataset", "model", "metric", "split", "mean", "std", "n_seeds", "paper"]
+        assert (table.n_seeds == 1).all() and table["std"].isna().all()
+    assert {"CNN", "KMEx (K/C=1)", "KMEx (K/C=5)"} == set(table1.model)
+    cosines = table1.set_index(["model", "metric"])["mean"]
+    assert cosines["KMEx (K/C=1)", "cos_class"] > cosines["CNN", "cos_class"]
+    assert table1.set_index(["model", "metric"])["paper"]["CNN", "cos_class"] == 0.48
+    expected = {**results(story, "train"), **results(story, "kmex"), **results(story, "encoder")}
+    means = table2.set_index(["model", "metric", "split"])["mean"].to_dict()
+    assert means == pytest.approx(expected, rel=1e-5)
+    assert "difference" in (folder / "table2.md").read_text()
+
+
+@pytest.mark.notebook
+def test_figures(story):
+    folder = story / "figures" / "mnist-mini"
+    for name in ("figure1.png", "figure1.pdf", "figure2.png", "figure2.pdf"):
+        assert (folder / name).stat().st_size > 5000
+    numbers = pd.read_csv(folder / "figure2.csv").set_index("prototypes")
+    assert list(numbers.index) == ["c_j", "c_j rescaled", "KMEx (K/C=5)"]
+    assert numbers.iloc[2, 0] > numbers.iloc[0, 0]
+
+
+@pytest.mark.notebook
+def test_own_images_through_the_same_notebooks(folder, tmp_path):
+    given = {"dataset": "my-birds", "runs": str(tmp_path / "runs")}
+    small = {"image_size": 32, "arch": "resnet18", "weights": "scratch", "epochs": 1, "batch_size": 6}
+    execute("01_train", tmp_path, folder=str(folder), data=str(tmp_path), **small, **given)
+    executed = execute("03_kmex", tmp_path, prototypes_per_class=[1, 2], **given)
+    assert (tmp_path / "runs" / "my-birds" / "seed-0" / "KMEx-2.safetensors").exists()
+    assert not any(output.output_type == "error" for cell in executed.cells for output in cell.get("outputs", []))
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("01_train", {"epoch": 2}, "unknown parameter 'epoch': did you mean 'epochs'"),
+        ("01_train", {"seed": "one"}, "parameter seed must be of type int"),
+        ("01_train", {"dataset": "cifar"}, "unknown dataset 'cifar'"),
+        ("03_kmex", {"seed": 77}, "run notebook 01_train with dataset=mnist-mini and seed=77"),
+        ("03_kmex", {"seed": 3, "prototypes_per_class": [21]}, "fewer than K/C = 21"),
+        ("04_encoder", {"seed": 3, "start_blocks": [5]}, "there is no block 5"),
+        ("04_encoder", {"seed": 3, "norm": "row"}, "norm must be one of"),
+        ("08_interpretation", {"seed": 3, "image": 10**6}, "image must be an index of the"),
+    ],
+)
+def test_bad_input_is_one_clear_line(name, parameters, message, story, tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match=re.escape(message)):
+        execute(name, tmp_path, runs=str(story / "runs"), **parameters)
