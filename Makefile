@@ -15,7 +15,7 @@ paper: .venv/.complete ## the paper's three data sets, five seeds
 test: .venv/.complete ## style and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: .venv/.complete ## step through the notebooks
 	$(BIN)/jupyter lab notebooks

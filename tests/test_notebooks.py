@@ -51,10 +51,10 @@ def test_parameters_read_like_a_manual(name):
         assert len(parameter["help"]) > 5, parameter
 
 
-def execute(name, folder, **parameters):
-    out = folder / f"{name}.ipynb"
+def execute(name, where, **parameters):
+    out = where / f"{name}.ipynb"
     return papermill.execute_notebook(
-        str(paths.NOTEBOOKS / f"{name}.ipynb"), str(out), parameters, progress_bar=False, cwd=str(folder)
+        str(paths.NOTEBOOKS / f"{name}.ipynb"), str(out), parameters, progress_bar=False, cwd=str(where)
     )
 
 
@@ -131,12 +131,9 @@ def test_own_images_through_the_same_notebooks(folder, tmp_path):
     ("name", "parameters", "message"),
     [
         ("01_train", {"epoch": 2}, "unknown parameter 'epoch': did you mean 'epochs'"),
-        ("01_train", {"seed": "one"}, "parameter seed must be of type int"),
         ("01_train", {"dataset": "cifar"}, "unknown dataset 'cifar'"),
         ("03_kmex", {"seed": 77}, "run notebook 01_train with dataset=mnist-mini and seed=77"),
         ("03_kmex", {"seed": 3, "prototypes_per_class": [21]}, "fewer than K/C = 21"),
-        ("04_encoder", {"seed": 3, "start_blocks": [5]}, "there is no block 5"),
-        ("04_encoder", {"seed": 3, "norm": "row"}, "norm must be one of"),
         ("08_interpretation", {"seed": 3, "image": 10**6}, "image must be an index of the"),
     ],
 )
