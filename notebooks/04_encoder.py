@@ -145,14 +145,12 @@ colours = torch.tensor(palette(len(images.classes)))
 figure, axes = plt.subplots(1 + len(names), len(some), figsize=(len(some), 1.1 * (1 + len(names))), squeeze=False)
 for column, i in enumerate(some):
     axes[0, column].imshow(images.test.rgb(i))
-    axes[0, column].set_title(
-        images.classes[labels["test"][i]][:10].replace("_", " "), fontsize=8, color=colours[labels["test"][i]].numpy()
-    )
+    axes[0, column].set_title(images.classes[labels["test"][i]][:10].replace("_", " "), fontsize=8)
     for row, b in enumerate(names, 1):
         axes[row, column].imshow(colours[explainers[b].prototypes.labels[maps[b, "test"][i]]])
 for row, name in enumerate(["image", *names.values()]):
     axes[row, 0].set_ylabel(name)
 for side in axes.flat:
-    side.set_xticks([])
-    side.set_yticks([])
+    side.set(xticks=[], yticks=[])
+    side.spines[:].set_visible(False)
 plt.show()

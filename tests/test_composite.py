@@ -78,7 +78,7 @@ def test_operator_is_the_matrix(norm, align_corners):
     check_operator(blocks, Normalisation(norm, "1", align_corners))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(1, 3),
     sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
