@@ -9,7 +9,7 @@ product on channels, so the two commute, as average pool and classifier do in Th
 with A_b the interpolation to the shallowest block's grid and s(b)_r the normalisation of eq. 8.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -71,8 +71,11 @@ def interpolation(out: int, size: int, align_corners: bool) -> torch.Tensor:
     return F.interpolate(torch.eye(size)[None], out, mode="linear", align_corners=align_corners)[0].T.contiguous()
 
 
-class _Upsampled:
-    """One block: x at its own resolution, with u = A x implied; ``s`` the scale of each row of u."""
+class _Block:
+    """One block of some images: x at its own resolution, position-major [R_b, n, D_b], with u = A x implied.
+
+    ``s`` [R', n] is the scale of each row of u, ``squared`` [R', n] the squared length of each scaled row.
+    """
 
     def __init__(self, x: torch.Tensor, size: tuple[int, int], normalisation: Normalisation) -> None:
         self.n, self.channels, self.height, self.width = x.shape
@@ -84,61 +87,114 @@ class _Upsampled:
         factor = normalisation.factor(self.channels)
         if normalisation.norm == "channel":
             x = x * _inverse(self._squared_lengths_of_channels(x)).sqrt()[:, :, None, None]
-        self.x = x.permute(0, 2, 3, 1).reshape(self.n, -1, self.channels)
+        self.x = x.permute(2, 3, 0, 1).reshape(-1, self.n, self.channels).contiguous()
         squared = self._squared_lengths_of_rows()
         match normalisation.norm:
             case "position":
                 self.s = factor * _inverse(squared).sqrt()
             case "image":
-                self.s = factor * _inverse(squared.sum(1, keepdim=True)).sqrt().expand_as(squared)
+                self.s = factor * _inverse(squared.sum(0, keepdim=True)).sqrt().expand_as(squared)
             case "channel":
                 self.s = torch.full_like(squared, factor)
         self.squared = self.s**2 * squared
 
     def _squared_lengths_of_channels(self, x: torch.Tensor) -> torch.Tensor:
-        """||u_c||² over positions, [N, D], as x_cᵀ (AᵀA) x_c."""
+        """||u_c||² over positions, [n, D], as x_cᵀ (AᵀA) x_c."""
         gram = (self.a_h.T @ self.a_h) @ x @ (self.a_w.T @ self.a_w)
         return (x * gram).sum((2, 3)).clamp_min(0)
 
     def _squared_lengths_of_rows(self) -> torch.Tensor:
-        """||u_r||² of every upsampled row, [N, R'], without u.
+        """||u_r||² of every upsampled row, [R', n], without u.
 
         A row of u is a weighted sum of at most four neighbouring rows of x, so its squared length needs only the
         inner products of neighbours: with itself, right, below, and along both diagonals.
         """
-        x = self.x.view(self.n, self.height, self.width, self.channels)
-        dot = lambda a, b: torch.einsum("nhwd,nhwd->nhw", a, b)  # noqa: E731
+        x = self.x.view(self.height, self.width, self.n, self.channels)
+        dot = lambda a, b: torch.einsum("hwnd,hwnd->hwn", a, b)  # noqa: E731
         own_h, own_w = self.a_h**2, self.a_w**2
         next_h, next_w = 2 * self.a_h[:, :-1] * self.a_h[:, 1:], 2 * self.a_w[:, :-1] * self.a_w[:, 1:]
-        total = own_h @ dot(x, x) @ own_w.T
+        total = _separable(own_h, own_w, dot(x, x))
         if self.width > 1:
-            total += own_h @ dot(x[:, :, :-1], x[:, :, 1:]) @ next_w.T
+            total += _separable(own_h, next_w, dot(x[:, :-1], x[:, 1:]))
         if self.height > 1:
-            total += next_h @ dot(x[:, :-1], x[:, 1:]) @ own_w.T
+            total += _separable(next_h, own_w, dot(x[:-1], x[1:]))
         if self.width > 1 and self.height > 1:
-            diagonals = dot(x[:, :-1, :-1], x[:, 1:, 1:]) + dot(x[:, :-1, 1:], x[:, 1:, :-1])
-            total += next_h @ (diagonals / 2) @ next_w.T
-        return total.flatten(1).clamp_min(0)
+            diagonals = dot(x[:-1, :-1], x[1:, 1:]) + dot(x[:-1, 1:], x[1:, :-1])
+            total += _separable(next_h, next_w, diagonals / 2)
+        return total.clamp_min(0)
+
+    @property
+    def same_grid(self) -> bool:
+        return self.out == (self.height, self.width)
 
     def up(self, maps: torch.Tensor) -> torch.Tensor:
-        """A maps: [n, R_b, K] -> [n, R', K]."""
-        n, _, k = maps.shape
-        if self.out == (self.height, self.width):
+        """A maps: [R_b, n, K] -> [R', n, K]."""
+        if self.same_grid:
             return maps
-        wide = self.a_w @ maps.view(n * self.height, self.width, k)
-        return (self.a_h @ wide.view(n, self.height, -1)).view(n, -1, k)
+        grid = maps.view(self.height, self.width, -1)
+        return _separable(self.a_h, self.a_w, grid).view(-1, *maps.shape[1:])
 
     def down(self, maps: torch.Tensor) -> torch.Tensor:
-        """Aᵀ maps: [n, R', K] -> [n, R_b, K]."""
-        n, _, k = maps.shape
-        if self.out == (self.height, self.width):
+        """Aᵀ maps: [R', n, K] -> [R_b, n, K]."""
+        if self.same_grid:
             return maps
-        narrow = self.a_h.T @ maps.view(n, self.out[0], -1)
-        return (self.a_w.T @ narrow.view(n * self.height, self.out[1], k)).view(n, -1, k)
+        grid = maps.view(*self.out, -1)
+        return _separable(self.a_h.T, self.a_w.T, grid).view(-1, *maps.shape[1:])
+
+
+def _separable(a_h: torch.Tensor, a_w: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """(a_h ⊗ a_w) on the first two axes of [h, w, m]: [h' w', m], the smaller product first."""
+    h, w, m = grid.shape
+    if a_h.shape[0] <= h:
+        tall = (a_h @ grid.reshape(h, -1)).view(-1, w, m)
+        return torch.matmul(a_w, tall).flatten(0, 1)
+    wide = torch.matmul(a_w, grid)
+    return (a_h @ wide.view(h, -1)).view(-1, m)
 
 
 def _inverse(squared: torch.Tensor) -> torch.Tensor:
     return torch.where(squared > 0, 1 / squared, 0)
+
+
+class CompositeChunk:
+    """The rows of q of some images, position-major: row r n + i is position r of image i."""
+
+    def __init__(self, blocks: Sequence[torch.Tensor], normalisation: Normalisation) -> None:
+        if not all(torch.isfinite(x).all() for x in blocks):
+            raise ValueError("the activations hold NaN or infinite values: check the images and the weights")
+        size = tuple(blocks[0].shape[2:])
+        self.blocks = [_Block(x, size, normalisation) for x in blocks]
+        self.squared = sum(block.squared for block in self.blocks).flatten()
+
+    def _columns(self, p: torch.Tensor) -> list[torch.Tensor]:
+        return list(p.split([block.channels for block in self.blocks], 1))
+
+    def dots(self, p: torch.Tensor) -> torch.Tensor:
+        """q_r · p_k for p [K, Σ D_b]: [rows, K]."""
+        total = None
+        for block, p_b in zip(self.blocks, self._columns(p), strict=True):
+            term = block.up(block.x @ p_b.T)
+            s = block.s[:, :, None]
+            total = term.mul_(s) if total is None else total.addcmul_(term, s)
+        return total.flatten(0, 1)
+
+    def sums(self, weights: torch.Tensor) -> torch.Tensor:
+        """Σ_r weights_rk q_r for weights [rows, K]: [K, Σ D_b]."""
+        weights = weights.view(-1, self.blocks[0].n, weights.shape[1])
+        columns = []
+        for block in self.blocks:
+            low = block.down(weights * block.s[:, :, None])
+            columns.append(low.flatten(0, 1).T @ block.x.flatten(0, 1))
+        return torch.cat(columns, 1)
+
+    def rows(self, position: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """Some rows of q themselves, [n, Σ D_b]."""
+        columns = []
+        for block in self.blocks:
+            weights = block.a_h[position // block.out[1]][:, :, None] * block.a_w[position % block.out[1]][:, None, :]
+            u = torch.einsum("nr,nrd->nd", weights.flatten(1), block.x.transpose(0, 1)[image])
+            columns.append(u * block.s[position, image][:, None])
+        return torch.cat(columns, 1)
 
 
 class CompositeRows:
@@ -146,65 +202,74 @@ class CompositeRows:
 
     Parameters
     ----------
-    blocks
-        x(b) [N, D_b, H_b, W_b], shallowest first; R' = H W of the first.
+    read
+        Gives x(b) of images start … stop as [n, D_b, H_b, W_b] each, shallowest block first; called once per pass
+        over the data, or once at all with ``keep``. A list of such tensors stands for all images in memory.
+    images
+        How many there are; not needed with a list.
+    keep
+        Hold the chunks in memory. Without it, memory is bounded by one chunk, whatever the number of images.
+    rows_per_chunk
+        About how many rows are worked on at a time.
     """
 
-    def __init__(self, blocks: Sequence[torch.Tensor], normalisation: Normalisation = Normalisation()) -> None:
-        if not all(torch.isfinite(x).all() for x in blocks):
-            raise ValueError("the activations hold NaN or infinite values: check the images and the weights")
-        self.grid = tuple(blocks[0].shape[2:])
-        self.parts = [_Upsampled(x, self.grid, normalisation) for x in blocks]
-        self.images = len(blocks[0])
+    def __init__(
+        self,
+        read: Sequence[torch.Tensor] | Callable[[int, int], Sequence[torch.Tensor]],
+        normalisation: Normalisation = Normalisation(),
+        *,
+        images: int = 0,
+        keep: bool = True,
+        rows_per_chunk: int = 8192,
+    ) -> None:
+        if not callable(read):
+            blocks = list(read)
+            images, read = len(blocks[0]), lambda start, stop: [x[start:stop] for x in blocks]
+        self.images = images
+        self.normalisation = normalisation
+        self._read = read
+        first = read(0, 1)
+        self.grid = tuple(first[0].shape[2:])
+        self.dim = sum(x.shape[1] for x in first)
+        self.device = first[0].device
         self.rows_per_image = self.grid[0] * self.grid[1]
-        self.squared = sum(part.squared for part in self.parts)
-        self.dim = sum(part.channels for part in self.parts)
-        self.device = blocks[0].device
+        self.images_per_chunk = max(1, rows_per_chunk // self.rows_per_image)
+        self._kept = [self._chunk(i) for i in range(self._count())] if keep else None
+
+    def _count(self) -> int:
+        return -(-self.images // self.images_per_chunk)
+
+    def _chunk(self, i: int) -> CompositeChunk:
+        start = i * self.images_per_chunk
+        return CompositeChunk(self._read(start, min(start + self.images_per_chunk, self.images)), self.normalisation)
 
     def __len__(self) -> int:
         return self.images * self.rows_per_image
 
-    def _columns(self, p: torch.Tensor) -> list[torch.Tensor]:
-        return list(p.split([part.channels for part in self.parts], 1))
+    def chunks(self) -> Iterator[tuple[slice, CompositeChunk]]:
+        """Row ranges, whole images each, with what answers for them."""
+        start = 0
+        for i in range(self._count()):
+            chunk = self._kept[i] if self._kept is not None else self._chunk(i)
+            stop = start + len(chunk.squared)
+            yield slice(start, stop), chunk
+            start = stop
 
-    def chunks(self, columns: int, budget: int = 2**25) -> Iterator[slice]:
-        """Row ranges, whole images each, of about ``budget`` numbers for ``columns`` numbers a row."""
-        images = max(1, budget // (self.rows_per_image * max(columns, 1)))
-        for start in range(0, self.images, images):
-            yield slice(start * self.rows_per_image, min(start + images, self.images) * self.rows_per_image)
-
-    def _images(self, rows: slice) -> slice:
-        return slice(rows.start // self.rows_per_image, rows.stop // self.rows_per_image)
-
-    def squared_lengths(self, rows: slice) -> torch.Tensor:
-        """||q_r||², [n]."""
-        return self.squared[self._images(rows)].flatten()
-
-    def dots(self, p: torch.Tensor, rows: slice) -> torch.Tensor:
-        """q_r · p_k for a chunk's rows and p [K, Σ D_b]: [n, K]."""
-        index = self._images(rows)
-        total = None
-        for part, p_b in zip(self.parts, self._columns(p), strict=True):
-            term = part.up(part.x[index] @ p_b.T) * part.s[index][:, :, None]
-            total = term if total is None else total.add_(term)
-        return total.flatten(0, 1)
-
-    def sums(self, weights: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Σ_r weights_rk q_r for a chunk's rows and weights [n, K]: [K, Σ D_b]."""
-        index = self._images(rows)
-        weights = weights.view(-1, self.rows_per_image, weights.shape[1])
-        columns = []
-        for part in self.parts:
-            low = part.down(weights * part.s[index][:, :, None])
-            columns.append(low.flatten(0, 1).T @ part.x[index].flatten(0, 1))
-        return torch.cat(columns, 1)
+    def locate(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and position (row-major on the grid) of rows."""
+        chunk = index // (self.images_per_chunk * self.rows_per_image)
+        first = chunk * self.images_per_chunk
+        count = (self.images - first).clamp_max(self.images_per_chunk)
+        within = index - first * self.rows_per_image
+        return first + within % count, within // count
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Some rows of q themselves, [n, Σ D_b]."""
-        image, position = index // self.rows_per_image, index % self.rows_per_image
-        columns = []
-        for part in self.parts:
-            weights = part.a_h[position // part.out[1]][:, :, None] * part.a_w[position % part.out[1]][:, None, :]
-            u = torch.einsum("nr,nrd->nd", weights.flatten(1), part.x[image])
-            columns.append(u * part.s[image, position][:, None])
-        return torch.cat(columns, 1)
+        image, position = self.locate(index)
+        chunk = image // self.images_per_chunk
+        found = torch.empty(len(index), self.dim, device=self.device)
+        for i in chunk.unique().tolist():
+            mine = chunk == i
+            source = self._kept[i] if self._kept is not None else self._chunk(i)
+            found[mine] = source.rows(position[mine], image[mine] - i * self.images_per_chunk).to(found)
+        return found

@@ -107,8 +107,22 @@ class EncoderKMeans(Explainer):
         """q_s of eq. 9: index of the closest of all K prototypes at every position, [N, H', W']; ties to the lowest."""
         p = self.prototypes.vectors.to(h.device)
         half = p.square().sum(1) / 2
-        nearest = [(h.dots(p, chunk) - half).argmax(1) for chunk in h.chunks(len(p))]
-        return torch.cat(nearest).view(h.images, *h.grid)
+        maps = [self._closest(chunk, p, half).view(h.rows_per_image, -1).T for _, chunk in h.chunks()]
+        return torch.cat(maps).view(h.images, *h.grid)
+
+    @staticmethod
+    def _closest(chunk, p: torch.Tensor, half: torch.Tensor, at_once: int = 256) -> torch.Tensor:
+        """Index of the closest prototype to each row, some prototypes at a time: never rows x K numbers."""
+        best = index = None
+        for start in range(0, len(p), at_once):
+            part = slice(start, start + at_once)
+            value, k = chunk.dots(p[part]).sub_(half[part]).max(1)
+            if best is None:
+                best, index = value, k
+            else:
+                index = torch.where(value > best, k + start, index)
+                best = torch.maximum(value, best)
+        return index
 
     def proj(self, similarity: torch.Tensor) -> torch.Tensor:
         """Eq. 10: how often a class's prototypes were chosen, averaged over its window of K/C, [N, C]."""

@@ -15,6 +15,18 @@ import torch
 from .store import load_tensors, save_tensors
 
 
+class Chunk(Protocol):
+    """Some rows, with ``squared`` lengths ||q_r||² [rows]."""
+
+    squared: torch.Tensor
+
+    def dots(self, p: torch.Tensor) -> torch.Tensor:
+        """q_r · p_k, [rows, K], for p [K, D]."""
+
+    def sums(self, weights: torch.Tensor) -> torch.Tensor:
+        """Σ_r weights_rk q_r, [K, D], for weights [rows, K]."""
+
+
 class Rows(Protocol):
     """n points of dimension D, read in chunks; what k-means needs to know of them."""
 
@@ -24,56 +36,56 @@ class Rows(Protocol):
     def __len__(self) -> int:
         """The number of rows n."""
 
-    def chunks(self, columns: int) -> Iterator[slice]:
-        """Row ranges small enough for ``columns`` numbers a row."""
-
-    def squared_lengths(self, rows: slice) -> torch.Tensor:
-        """||q_r||², [chunk]."""
-
-    def dots(self, p: torch.Tensor, rows: slice) -> torch.Tensor:
-        """q_r · p_k, [chunk, K], for p [K, D]."""
-
-    def sums(self, weights: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Σ_r weights_rk q_r, [K, D], for weights [chunk, K]."""
+    def chunks(self) -> Iterator[tuple[slice, Chunk]]:
+        """One pass over all rows."""
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """The rows of an index, [n, D]."""
 
+    def locate(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and position on its grid of the rows of an index."""
+
+
+class _DenseChunk:
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix = matrix
+        self.squared = matrix.square().sum(1)
+
+    def dots(self, p: torch.Tensor) -> torch.Tensor:
+        return self.matrix @ p.T
+
+    def sums(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights.T @ self.matrix
+
 
 class DenseRows:
-    """The rows of a matrix [n, D]."""
+    """The rows of a matrix [n, D], one for each image."""
 
-    def __init__(self, matrix: torch.Tensor) -> None:
+    def __init__(self, matrix: torch.Tensor, rows_per_chunk: int = 8192) -> None:
         if not torch.isfinite(matrix).all():
             raise ValueError("the embeddings hold NaN or infinite values: check the images and the weights")
         self.matrix = matrix
         self.dim = matrix.shape[1]
         self.device = matrix.device
+        self._chunks = [_DenseChunk(part) for part in matrix.split(rows_per_chunk)]
 
     def __len__(self) -> int:
         return len(self.matrix)
 
-    def chunks(self, columns: int, budget: int = 2**25) -> Iterator[slice]:
-        """Row ranges of about ``budget`` numbers for ``columns`` numbers a row."""
-        step = max(1, budget // max(columns, 1))
-        for start in range(0, len(self), step):
-            yield slice(start, min(start + step, len(self)))
-
-    def squared_lengths(self, rows: slice) -> torch.Tensor:
-        """||z||², [n]."""
-        return self.matrix[rows].square().sum(1)
-
-    def dots(self, p: torch.Tensor, rows: slice) -> torch.Tensor:
-        """z · p_k, [n, K]."""
-        return self.matrix[rows] @ p.T
-
-    def sums(self, weights: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Σ_r weights_rk z_r, [K, D]."""
-        return weights.T @ self.matrix[rows]
+    def chunks(self) -> Iterator[tuple[slice, Chunk]]:
+        """One pass over all rows."""
+        start = 0
+        for chunk in self._chunks:
+            yield slice(start, start + len(chunk.matrix)), chunk
+            start += len(chunk.matrix)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Some rows, [n, D]."""
         return self.matrix[index]
+
+    def locate(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row i is image i, at its only position."""
+        return index, torch.zeros_like(index)
 
 
 @dataclass(frozen=True)
@@ -165,19 +177,19 @@ def _step(rows: Rows, p: torch.Tensor, labels: torch.Tensor, active: torch.Tenso
     changed = torch.zeros(restarts, dtype=torch.bool, device=p.device)
     far_value = torch.full((k, restarts), -torch.inf, device=p.device)
     far_index = torch.zeros((k, restarts), dtype=torch.int64, device=p.device)
-    for chunk in rows.chunks(restarts * k):
-        closeness = (rows.dots(flat, chunk) - half).view(-1, restarts, k)
+    for span, chunk in rows.chunks():
+        closeness = chunk.dots(flat).sub_(half).view(-1, restarts, k)
         best, label = closeness.max(2)
-        one_hot = torch.zeros_like(closeness).scatter_(2, label[:, :, None], 1).flatten(1)
-        sums += rows.sums(one_hot, chunk)
+        one_hot = closeness.zero_().scatter_(2, label[:, :, None], 1).flatten(1)
+        sums += chunk.sums(one_hot)
         sizes += one_hot.sum(0)
         label = label.int()
-        changed |= (labels[chunk, active] != label).any(0)
-        labels[chunk.start : chunk.stop, active] = label
-        distance = rows.squared_lengths(chunk)[:, None] - 2 * best
+        changed |= (labels[span, active] != label).any(0)
+        labels[span.start : span.stop, active] = label
+        distance = chunk.squared[:, None] - 2 * best
         value, index = distance.topk(min(k, len(distance)), 0)
         far_value, order = torch.cat([far_value, value]).topk(k, 0)
-        far_index = torch.cat([far_index, index + chunk.start]).gather(0, order)
+        far_index = torch.cat([far_index, index + span.start]).gather(0, order)
     far = (far_value.T, [rows.rows(index) for index in far_index.T] if (sizes == 0).any() else [])
     return sums.view(restarts, k, dim), sizes.view(restarts, k), changed, far
 
@@ -202,9 +214,9 @@ def _plus_plus(rows: Rows, k: int, restarts: int, generator: torch.Generator) ->
         index = _draw(closest, torch.rand(trials, restarts, generator=generator, dtype=torch.float64))
         candidates = rows.rows(index.flatten())
         potential = torch.zeros(trials, restarts, dtype=torch.float64, device=rows.device)
-        for chunk, distance in _squared_distances(rows, candidates):
+        for span, distance in _squared_distances(rows, candidates):
             distance = distance.view(-1, trials, restarts)
-            potential += torch.minimum(distance, closest[chunk, None]).sum(0, dtype=torch.float64)
+            potential += torch.minimum(distance, closest[span, None]).sum(0, dtype=torch.float64)
         chosen = potential.argmin(0)
         centroids[:, c] = candidates.view(trials, restarts, -1)[chosen, torch.arange(restarts, device=rows.device)]
         _shrink(rows, centroids[:, c], closest)
@@ -219,18 +231,18 @@ def _draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _shrink(rows: Rows, centroids: torch.Tensor, closest: torch.Tensor) -> None:
-    for chunk, distance in _squared_distances(rows, centroids):
-        closest[chunk] = torch.minimum(closest[chunk], distance)
+    for span, distance in _squared_distances(rows, centroids):
+        closest[span] = torch.minimum(closest[span], distance)
 
 
 def _squared_distances(rows: Rows, p: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """||q_r - p_k||² chunk by chunk, [chunk, K]."""
     squared = p.square().sum(1)
-    for chunk in rows.chunks(len(p)):
-        own = rows.squared_lengths(chunk)[:, None]
-        distance = own + squared - 2 * rows.dots(p, chunk)
-        # below the rounding of the three terms a distance is zero: a centroid is not drawn twice
-        yield chunk, torch.where(distance > 4e-7 * (own + squared), distance, 0)
+    for span, chunk in rows.chunks():
+        scale = chunk.squared[:, None] + squared
+        distance = scale - 2 * chunk.dots(p)
+        # below the rounding of its terms a distance is zero: a centroid is not drawn twice
+        yield span, torch.where(distance > 4e-7 * scale, distance, 0)
 
 
 def _distances(rows: Rows, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -239,12 +251,12 @@ def _distances(rows: Rows, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     sizes = torch.zeros(len(p), dtype=torch.int64, device=rows.device)
     best = torch.full((len(p),), torch.inf, device=rows.device)
     nearest = torch.zeros(len(p), dtype=torch.int64, device=rows.device)
-    for chunk, distance in _squared_distances(rows, p):
+    for span, distance in _squared_distances(rows, p):
         least, label = distance.min(1)
         inertia += least.sum(dtype=torch.float64)
         sizes += torch.bincount(label, minlength=len(p))
         value, index = distance.min(0)
-        nearest = torch.where(value < best, index + chunk.start, nearest)
+        nearest = torch.where(value < best, index + span.start, nearest)
         best = torch.minimum(value, best)
     return inertia, sizes, nearest
 
@@ -253,10 +265,9 @@ def _mean_variance(rows: Rows) -> float:
     """The variance of a coordinate, averaged over coordinates."""
     total = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
     squared = 0.0
-    for chunk in rows.chunks(1):
-        lengths = rows.squared_lengths(chunk)
-        squared += float(lengths.sum(dtype=torch.float64))
-        total += rows.sums(torch.ones(len(lengths), 1, device=rows.device), chunk)[0]
+    for _, chunk in rows.chunks():
+        squared += float(chunk.squared.sum(dtype=torch.float64))
+        total += chunk.sums(torch.ones_like(chunk.squared)[:, None])[0]
     n = len(rows)
     return max(0.0, squared / n - float((total / n).square().sum())) / rows.dim
 
@@ -330,15 +341,14 @@ def classwise(
     for c, index in enumerate(tqdm(members, progress, leave=False)):
         rows = rows_of(index)
         found = kmeans(rows, per_class, seed=seed + 7919 * c, **options)
-        rows_per_image = len(rows) // len(index)
-        nearest = found.nearest.cpu()
+        image, position = rows.locate(found.nearest)
         parts.append(
             Prototypes(
                 found.centroids.cpu(),
                 torch.full((per_class,), c),
                 found.sizes.cpu(),
-                index[nearest // rows_per_image],
-                nearest % rows_per_image,
+                index[image.cpu()],
+                position.cpu(),
                 torch.tensor([found.inertia], dtype=torch.float64),
             )
         )

@@ -52,10 +52,6 @@ def _between(i, out, size, align_corners):
     return low, min(low + 1, size - 1), at - low
 
 
-def all_chunks(rows, columns=1):
-    return list(rows.chunks(columns))
-
-
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("norm", NORMS)
@@ -96,31 +92,54 @@ def test_operator_is_the_matrix_for_any_shape(n, sizes, channels, norm, scale, a
     check_operator([x.double() for x in blocks], Normalisation(norm, scale, align_corners))
 
 
-def check_operator(blocks, normalisation):
+def check_operator(blocks, normalisation, **options):
     dtype = blocks[0].dtype
-    q = composite(blocks, normalisation).flatten(0, 1)
-    rows = CompositeRows(blocks, normalisation)
+    rows = CompositeRows(blocks, normalisation, **options)
+    image, position = rows.locate(torch.arange(len(rows)))
+    q = composite(blocks, normalisation)[image, position]
     generator = torch.Generator().manual_seed(1)
     p = torch.randn(5, q.shape[1], generator=generator, dtype=dtype)
     weights = torch.rand(len(q), 4, generator=generator, dtype=dtype)
     tolerance = {"rtol": 1e-4, "atol": 1e-5}
     assert (len(rows), rows.dim) == tuple(q.shape)
-    everything = slice(0, len(rows))
-    torch.testing.assert_close(rows.dots(p, everything), q @ p.T, **tolerance)
-    torch.testing.assert_close(rows.sums(weights, everything), weights.T @ q, **tolerance)
-    torch.testing.assert_close(rows.squared_lengths(everything), q.square().sum(1), **tolerance)
+    sums, seen = 0, []
+    for span, chunk in rows.chunks():
+        torch.testing.assert_close(chunk.dots(p), q[span] @ p.T, **tolerance)
+        torch.testing.assert_close(chunk.squared, q[span].square().sum(1), **tolerance)
+        sums = sums + chunk.sums(weights[span])
+        seen += range(span.start, span.stop)
+    assert seen == list(range(len(rows)))
+    torch.testing.assert_close(sums, weights.T @ q, **tolerance)
     index = torch.randint(len(q), (7,), generator=generator)
-    torch.testing.assert_close(rows.rows(index), q[index], **tolerance)
+    torch.testing.assert_close(rows.rows(index), q[index].float(), **tolerance)
 
 
-def test_chunks_cover_every_row_once():
-    rows = CompositeRows(blocks_of(n=7))
-    for budget in (1, 100, 10**9):
-        covered = [r for chunk in rows.chunks(3, budget) for r in range(chunk.start, chunk.stop)]
-        assert covered == list(range(len(rows)))
-    p = torch.randn(3, rows.dim)
-    parts = torch.cat([rows.dots(p, chunk) for chunk in rows.chunks(3, 100)])
-    torch.testing.assert_close(parts, rows.dots(p, slice(0, len(rows))))
+@pytest.mark.parametrize("rows_per_chunk", [1, 70, 10**6])
+def test_every_image_and_position_is_a_row_once(rows_per_chunk):
+    blocks = blocks_of(n=7)
+    rows = CompositeRows(blocks, rows_per_chunk=rows_per_chunk)
+    image, position = rows.locate(torch.arange(len(rows)))
+    assert set(zip(image.tolist(), position.tolist(), strict=True)) == {(i, r) for i in range(7) for r in range(30)}
+    check_operator(blocks, Normalisation(), rows_per_chunk=rows_per_chunk)
+
+
+def test_streamed_rows_are_the_rows_in_memory():
+    """Read anew at every pass, in chunks, never more than one held."""
+    blocks = blocks_of(n=7)
+    passes = []
+
+    def read(start, stop):
+        passes.append((start, stop))
+        return [x[start:stop] for x in blocks]
+
+    streamed = CompositeRows(read, images=7, keep=False, rows_per_chunk=60)
+    kept = CompositeRows(blocks, rows_per_chunk=60)
+    p = torch.randn(3, kept.dim)
+    for (_, ours), (_, expected) in zip(streamed.chunks(), kept.chunks(), strict=True):
+        assert torch.equal(ours.dots(p), expected.dots(p))
+    index = torch.tensor([0, 200, 17, 209])
+    assert torch.equal(streamed.rows(index), kept.rows(index))
+    assert all(stop - start <= 2 for start, stop in passes)
 
 
 @pytest.mark.parametrize("options", [{"norm": "row"}, {"scale": "2"}])

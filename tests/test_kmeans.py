@@ -68,14 +68,15 @@ def test_same_seed_same_result_other_seed_other_draws():
     assert not torch.equal(first.centroids, kmeans(DenseRows(x), 9, restarts=1, seed=5).centroids)
 
 
-def test_chunks_do_not_change_the_result(monkeypatch):
+def test_chunks_and_streaming_do_not_change_the_result():
     blocks = blocks_of(n=9, seed=2)
-    whole = kmeans(CompositeRows(blocks), 4, restarts=3)
-    original = CompositeRows.chunks
-    monkeypatch.setattr(CompositeRows, "chunks", lambda self, columns: original(self, columns, budget=200))
-    parts = kmeans(CompositeRows(blocks), 4, restarts=3)
-    torch.testing.assert_close(parts.centroids, whole.centroids, rtol=1e-4, atol=1e-6)
-    assert parts.sizes.tolist() == whole.sizes.tolist()
+    read = lambda start, stop: [x[start:stop] for x in blocks]  # noqa: E731
+    start = composite(blocks).flatten(0, 1)[::60][:4]
+    whole = kmeans(CompositeRows(blocks), 4, start=start)
+    for keep in (True, False):
+        parts = kmeans(CompositeRows(read, images=9, keep=keep, rows_per_chunk=60), 4, start=start)
+        torch.testing.assert_close(parts.centroids, whole.centroids, rtol=1e-4, atol=1e-6)
+        assert parts.sizes.tolist() == whole.sizes.tolist() and parts.iterations == whole.iterations
 
 
 def test_scale_of_the_data_does_not_matter():
