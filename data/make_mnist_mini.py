@@ -1,6 +1,6 @@
 """Draw the embedded digits from the official MNIST files: `python data/make_mnist_mini.py [FOLDER]`.
 
-FOLDER (default: this one) holds, or receives by download, torchvision's MNIST/raw. Per class 300 training and
+FOLDER (default: this one) holds, or receives by download, torchvision's MNIST/raw. Per class 250 training and
 150 test digits of the official splits, drawn with a fixed seed and kept in the official order; each digit's
 position in the official file is kept beside it. Prints the SHA-256 that `kmex_utils.datasets` checks.
 """
@@ -15,7 +15,7 @@ from torchvision.datasets import MNIST
 from kmex_utils import paths
 from kmex_utils.store import replacing
 
-PER_CLASS = {"train": 300, "test": 150}
+PER_CLASS = {"train": 250, "test": 150}
 
 folder = Path(sys.argv[1]) if len(sys.argv) > 1 else paths.DATA
 generator = np.random.default_rng(0)

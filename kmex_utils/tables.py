@@ -54,7 +54,7 @@ def note(training: dict) -> str:
     if training["weights"] != "imagenet":
         parts.append("The paper's backbone was pretrained on ImageNet; ours was trained from scratch.")
     if training["dataset"] == "mnist-mini":
-        parts.append("`paper` is the paper's value for MNIST in full; ours are 3,000 training and 1,500 test digits.")
+        parts.append("`paper` is the paper's value for MNIST in full; ours are 2,500 training and 1,500 test digits.")
     return " ".join(parts)
 
 

@@ -141,10 +141,10 @@ def test_an_archive_that_leaves_its_folder_is_refused(tmp_path, monkeypatch):
 
 def test_mnist_mini_is_official_mnist():
     found = load("mnist-mini", image_size=28)
-    assert (len(found.train), len(found.test)) == (3000, 1500)
-    assert torch.bincount(found.train.labels).tolist() == [300] * 10
+    assert (len(found.train), len(found.test)) == (2500, 1500)
+    assert torch.bincount(found.train.labels).tolist() == [250] * 10
     assert torch.bincount(found.test.labels).tolist() == [150] * 10
-    assert len(set(found.train.names)) == 3000 and max(map(int, found.train.names)) < 60_000
+    assert len(set(found.train.names)) == 2500 and max(map(int, found.train.names)) < 60_000
     assert max(map(int, found.test.names)) < 10_000
     assert paths.MNIST_MINI.stat().st_size < 1.2e6
     assert hashlib.sha256(paths.MNIST_MINI.read_bytes()).hexdigest() in (paths.DATA / "README.md").read_text()
@@ -229,7 +229,7 @@ def test_training_batches_depend_on_seed_and_epoch_only():
     again = [labels.tolist() for _, labels in found.training_batches(256, seed=1, epoch=2)]
     other = [labels.tolist() for _, labels in found.training_batches(256, seed=1, epoch=3)]
     assert first == again != other
-    assert len(first) == 3000 // 256 and all(len(labels) == 256 for labels in first)
+    assert len(first) == 2500 // 256 and all(len(labels) == 256 for labels in first)
 
 
 def test_augmentation_flips_and_shifts():
