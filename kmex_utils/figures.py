@@ -121,7 +121,7 @@ def figure2(
         side.scatter(*train.T, c=colours[train_labels], s=5, alpha=0.75, linewidths=0, rasterized=True)
         for name, (points, labels) in prototypes.items():
             marker = {"c_j": "X", "c_j rescaled": "^"}.get(name, "s")
-            look = {"marker": marker, "s": 42, "edgecolors": "black", "linewidths": 0.8}
+            look = {"marker": marker, "s": 30, "edgecolors": "black", "linewidths": 0.7}
             side.scatter(*points.T, c=colours[labels], label=name.replace("c_j", "$c_j$"), zorder=3, **look)
         side.set_xticks([])
         side.set_yticks([])
