@@ -36,6 +36,7 @@ norm: str = "position"  # what ||u|| of eq. 8 runs over: position, channel or im
 scale: str = "1/D"  # the factor beside it: 1/D, 1/sqrt(D) or 1
 align_corners: bool = False  # of the bilinear interpolation of eq. 7
 restarts: int = 10  # of k-means; the best is kept
+activations_in: str = "memory"  # memory, disk, disk-half (float16) or nowhere (computed anew at each pass)
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
 threads: int = 0  # CPU threads; 0: as the environment says
 runs: str = "runs"  # where 01_train left its results
@@ -65,33 +66,30 @@ per_class = prototypes_per_class or images.recipe.prototypes_per_class
 # the dot product on channels, so the two commute, as average pool and classifier do in Theorem 1.
 
 # %%
-from kmex_utils.activations import collect
+from kmex_utils.activations import keep
 
-wanted = list(range(min(names), 5))
-x = {split: collect(backbone, images, split, wanted, device=device) for split in ("train", "test")}
+options = {"where": activations_in, "folder": run.folder / "activations", "device": device}
+x = {split: keep(backbone, images, split, min(names), **options) for split in ("train", "test")}
 labels = {split: images.split(split).labels for split in x}
-{f"B{b}": tuple(block.shape) for b, block in zip(wanted, x["train"], strict=True)}
+{f"B{min(names) + i}": tuple(u.shape[1:]) for i, u in enumerate(x["train"].read(labels["train"][:1], min(names)))}
 
 # %% [markdown]
 # ## Clustering
 
 # %%
-from kmex_utils.composite import CompositeRows
+from functools import partial
+
 from kmex_utils.explainers import EncoderKMeans
 from kmex_utils.kmeans import classwise
 
 made_by = {"per_class": per_class, "norm": norm, "scale": scale, "align_corners": align_corners, "restarts": restarts}
+made_by["activations_in"] = activations_in
+in_memory = activations_in == "memory"
 explainers = {}
 for b, name in names.items():
-    blocks = x["train"][b - min(names) :]
+    rows_of = partial(x["train"].rows, start_block=b, normalisation=normalisation, device=device, keep=in_memory)
     prototypes = classwise(
-        lambda index, blocks=blocks: CompositeRows([block[index].to(device) for block in blocks], normalisation),
-        labels["train"],
-        images.classes,
-        per_class,
-        seed=seed,
-        restarts=restarts,
-        progress=name,
+        rows_of, labels["train"], images.classes, per_class, seed=seed, restarts=restarts, progress=name
     )
     run.save_prototypes(name, prototypes, {**made_by, "start_block": b, "seed": seed})
     explainers[b] = EncoderKMeans(prototypes, len(images.classes), b, normalisation)
@@ -103,25 +101,21 @@ for b, name in names.items():
 # frequent prototype. Both are reported.
 
 # %%
+import shutil
+
 import torch
 
 from kmex_utils.measures import accuracy
 
 results, maps = [], {}
 for b, explainer in explainers.items():
-    for split in x:
-        batches = zip(*(block.split(256) for block in x[split]), strict=True)
-        q_s = [
-            explainer.sim(explainer.h([None] * (min(names) - 1) + [u.to(device) for u in batch])).cpu()
-            for batch in batches
-        ]
-        q_s = torch.cat(q_s)
-        results.append((names[b], "accuracy", split, accuracy(explainer.proj(q_s).argmax(1), labels[split])))
-        results.append(
-            (names[b], "accuracy_most_frequent", split, accuracy(explainer.most_frequent(q_s), labels[split]))
-        )
-        maps[b, split] = q_s
+    for split, truth in labels.items():
+        rows = x[split].rows(torch.arange(len(truth)), b, normalisation, device=device, keep=False)
+        q_s = maps[b, split] = explainer.sim(rows).cpu()
+        results.append((names[b], "accuracy", split, accuracy(explainer.proj(q_s).argmax(1), truth)))
+        results.append((names[b], "accuracy_most_frequent", split, accuracy(explainer.most_frequent(q_s), truth)))
 run.save_results("encoder", results, **made_by, start_blocks=list(names))
+shutil.rmtree(run.folder / "activations", ignore_errors=True)
 
 # %%
 import pandas as pd

@@ -1,13 +1,15 @@
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
 from kmex_utils import figures
-from kmex_utils.activations import collect
+from kmex_utils.activations import keep
 from kmex_utils.attribution import attribution, segment_mean
 from kmex_utils.backbones import resnet
-from kmex_utils.composite import CompositeRows, Normalisation, composite
+from kmex_utils.composite import Normalisation, composite
 from kmex_utils.datasets import load
 from kmex_utils.explainers import EncoderKMeans
 from kmex_utils.interpretation import interpret, segment_patch
@@ -37,10 +39,10 @@ def test_patch_at_the_border_stays_inside_the_image():
 def explained():
     digits = load("mnist-mini", image_size=64, images_per_class=6)
     backbone = resnet("resnet18", 10, seed=1).eval().requires_grad_(False)
-    x = collect(backbone, digits, "train", [2, 3, 4])
+    x = keep(backbone, digits, "train", 2)
     explainers = {}
     for b in (2, 3, 4):
-        rows_of = lambda index, b=b: CompositeRows([block[index] for block in x[b - 2 :]])  # noqa: E731
+        rows_of = partial(x.rows, start_block=b, normalisation=Normalisation())
         found = classwise(rows_of, digits.train.labels, digits.classes, 2, restarts=2)
         explainers[b] = EncoderKMeans(found, 10, b, Normalisation())
     return digits, backbone, explainers
@@ -69,7 +71,7 @@ def test_interpretation_of_an_image(explained):
 def test_patches_are_the_nearest_training_rows(explained):
     digits, backbone, explainers = explained
     p = explainers[2].prototypes
-    q = composite(collect(backbone, digits, "train", [2, 3, 4]))
+    q = composite(keep(backbone, digits, "train", 2).read(torch.arange(60), 2))
     for k in range(0, 20, 3):
         own = digits.train.labels == p.labels[k]
         least = (q[own] - p.vectors[k]).norm(dim=2).min()
