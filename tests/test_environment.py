@@ -30,7 +30,7 @@ def test_every_dependency_is_pinned_within_its_range(text):
 def test_environment_yml_installs_the_same():
     conda = [entry for entry in ENVIRONMENT["dependencies"] if isinstance(entry, str)]
     (pip,) = [entry["pip"] for entry in ENVIRONMENT["dependencies"] if isinstance(entry, dict)]
-    assert pip == ["-r requirements.txt", "--no-deps -e ."]
+    assert pip == ["-r requirements.txt", "-e ."]
     python = next(entry.removeprefix("python=") for entry in conda if entry.startswith("python="))
     assert SpecifierSet(PROJECT["requires-python"]).contains(f"{python}.0")
     assert {entry.split("=")[0] for entry in conda} == {"python", "pip", "make"}
