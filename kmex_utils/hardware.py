@@ -23,10 +23,16 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        torch.backends.cudnn.deterministic = True  # same settings, same tables
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here ({reason}); use auto, cpu, cuda or mps") from None
     return device
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where k-means runs: it sums in float64, which Apple's MPS lacks, so the CPU stands in for that."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:

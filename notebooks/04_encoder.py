@@ -66,12 +66,15 @@ per_class = prototypes_per_class or images.recipe.prototypes_per_class
 # the dot product on channels, so the two commute, as average pool and classifier do in Theorem 1.
 
 # %%
+import torch
+
 from kmex_utils.activations import keep
 
 options = {"where": activations_in, "folder": run.folder / "activations", "device": device}
 x = {split: keep(backbone, images, split, min(names), **options) for split in ("train", "test")}
 labels = {split: images.split(split).labels for split in x}
-{f"B{min(names) + i}": tuple(u.shape[1:]) for i, u in enumerate(x["train"].read(labels["train"][:1], min(names)))}
+first = x["train"].read(torch.tensor([0]), min(names))
+{f"B{b}": f"{u.shape[2]} x {u.shape[3]} positions, {u.shape[1]} channels" for b, u in enumerate(first, min(names))}
 
 # %% [markdown]
 # ## Clustering
@@ -84,10 +87,10 @@ from kmex_utils.kmeans import classwise
 
 made_by = {"per_class": per_class, "norm": norm, "scale": scale, "align_corners": align_corners, "restarts": restarts}
 made_by["activations_in"] = activations_in
-in_memory = activations_in == "memory"
+where = {"device": hardware.float64_device(device), "keep": activations_in == "memory"}
 explainers = {}
 for b, name in names.items():
-    rows_of = partial(x["train"].rows, start_block=b, normalisation=normalisation, device=device, keep=in_memory)
+    rows_of = partial(x["train"].rows, start_block=b, normalisation=normalisation, **where)
     prototypes = classwise(
         rows_of, labels["train"], images.classes, per_class, seed=seed, restarts=restarts, progress=name
     )
@@ -103,14 +106,12 @@ for b, name in names.items():
 # %%
 import shutil
 
-import torch
-
 from kmex_utils.measures import accuracy
 
 results, maps = [], {}
 for b, explainer in explainers.items():
     for split, truth in labels.items():
-        rows = x[split].rows(torch.arange(len(truth)), b, normalisation, device=device, keep=False)
+        rows = x[split].rows(torch.arange(len(truth)), b, normalisation, device=where["device"], keep=False)
         q_s = maps[b, split] = explainer.sim(rows).cpu()
         results.append((names[b], "accuracy", split, accuracy(explainer.proj(q_s).argmax(1), truth)))
         results.append((names[b], "accuracy_most_frequent", split, accuracy(explainer.most_frequent(q_s), truth)))

@@ -5,7 +5,7 @@ import torch
 
 from kmex_utils.backbones import Backbone, resnet
 from kmex_utils.datasets import load
-from kmex_utils.hardware import pick_device, training_dtype
+from kmex_utils.hardware import float64_device, pick_device, training_dtype
 from kmex_utils.training import Schedule, train
 
 
@@ -182,6 +182,13 @@ def test_unknown_names_are_refused():
         pick_device("gpu")
     with pytest.raises(ValueError, match="precision must be"):
         training_dtype("fp16", torch.device("cpu"))
+
+
+def test_devices():
+    assert pick_device("cpu").type == "cpu"
+    assert float64_device(torch.device("mps")).type == "cpu"
+    assert float64_device(torch.device("cuda")).type == "cuda"
+    torch.ones(1, dtype=torch.float64, device=float64_device(pick_device()))
 
 
 def test_other_heads_are_refused():
