@@ -77,10 +77,6 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index) -> "Images":
-        index = np.asarray(index)
-        return Images(self.pixels[index], self.labels[index], tuple(self.names[i] for i in index))
-
     def rgb(self, i: int) -> np.ndarray:
         """Image i as uint8 [S, S, 3], for display."""
         return np.broadcast_to(self.pixels[i].transpose(1, 2, 0), (*self.pixels.shape[2:], 3))
