@@ -1,4 +1,5 @@
 import os
+import urllib.request
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -24,6 +25,17 @@ def blocks_of(n=3, sizes=((6, 5), (3, 3), (2, 1)), channels=(4, 6, 8), seed=0):
     """Block outputs like a ResNet's: non-negative, some of it zero."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(n, d, *size, generator=generator).relu() for d, size in zip(channels, sizes, strict=True)]
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Downloads go to a proxy that refuses, on machines with a network too."""
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    urllib.request.install_opener(None)
+    yield
+    urllib.request.install_opener(None)
 
 
 @pytest.fixture

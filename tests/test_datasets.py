@@ -262,8 +262,8 @@ def test_recipes_are_the_papers():
         )
 
 
-def test_gzipped_official_files_are_unpacked_without_a_network(mnist):
-    """`download=True` finds verified .gz files; ours are not the official ones, so they are refused, not used."""
+def test_gz_files_that_are_not_the_official_ones_are_refused(mnist, no_network):
+    """Placed by hand, they are verified; a wrong one would be downloaded again, which needs the network."""
     root, _ = mnist
     raw = root / "MNIST" / "raw"
     for file in list(raw.iterdir()):

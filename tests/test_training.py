@@ -161,12 +161,7 @@ def test_damaged_imagenet_weights_are_named(hub):
         resnet("resnet18", 4, "imagenet")
 
 
-def test_missing_imagenet_weights_are_one_clear_line(hub, monkeypatch):
-    import urllib.request
-
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    urllib.request.install_opener(None)
+def test_missing_imagenet_weights_are_one_clear_line(hub, no_network):
     with pytest.raises(
         ConnectionError, match=rf"put https://\S+/resnet18-f37072fd.pth at {hub}, or train from scratch"
     ):
