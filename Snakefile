@@ -16,7 +16,7 @@ RUN = f"{RUNS}/{{dataset}}/seed-{{seed}}"  # one training
 DATA = f"{RUNS}/{{dataset}}"  # what is drawn from all of a data set's trainings
 TABLES = f"{FIGURES}/{{dataset}}"
 PER_SEED = ["01_train", "02_cnn_as_sem", "03_kmex", "04_encoder"]
-PER_DATASET = ["05_alignment", "06_accuracy", "07_umap", "08_interpretation"]
+PER_DATASET = ["06_alignment", "07_accuracy", "08_umap", "09_interpretation"]
 TAKES = {  # parameters a data set's entry in the configuration may set, beside those the rules give
     "01_train": ["folder", "classes", "crop", "images_per_class", "image_size", "arch", "weights", "epochs",
                  "batch_size", "learning_rate", "momentum", "precision", "device", "data"],
@@ -24,10 +24,10 @@ TAKES = {  # parameters a data set's entry in the configuration may set, beside 
     "03_kmex": ["restarts"],
     "04_encoder": ["start_blocks", "prototypes_per_class", "norm", "scale", "align_corners", "restarts",
                    "activations_in", "device"],
-    "05_alignment": [],
-    "06_accuracy": [],
-    "07_umap": ["group"],
-    "08_interpretation": ["image", "target", "attribution_start"],
+    "06_alignment": [],
+    "07_accuracy": [],
+    "08_umap": ["group"],
+    "09_interpretation": ["image", "target", "attribution_start"],
 }  # fmt: skip
 
 
@@ -154,77 +154,77 @@ rule alignment:
     """05: Table 1."""
     input:
         expand(f"{RUN}/results-kmex.json", seed=SEEDS, allow_missing=True),
-        code=code("05_alignment", "measures", "tables"),
+        code=code("06_alignment", "measures", "tables"),
     output:
         f"{TABLES}/table1.csv",
         f"{TABLES}/table1.md",
     params:
-        given=given("05_alignment", seeds=SEEDS, figures_folder=FIGURES),
+        given=given("06_alignment", seeds=SEEDS, figures_folder=FIGURES),
     log:
-        f"{DATA}/notebooks/05_alignment.ipynb",
+        f"{DATA}/notebooks/06_alignment.ipynb",
     threads: config["threads"]
     message:
         "Table 1: {wildcards.dataset}"
     shell:
-        papermill("05_alignment")
+        papermill("06_alignment")
 
 
 rule accuracy:
     """06: Table 2."""
     input:
         expand(f"{RUN}/results-{{stage}}.json", seed=SEEDS, stage=["train", "sem", "kmex", "encoder"], allow_missing=True),
-        code=code("06_accuracy", "tables"),
+        code=code("07_accuracy", "tables"),
     output:
         f"{TABLES}/table2.csv",
         f"{TABLES}/table2.md",
     params:
-        given=given("06_accuracy", seeds=SEEDS, figures_folder=FIGURES),
+        given=given("07_accuracy", seeds=SEEDS, figures_folder=FIGURES),
     log:
-        f"{DATA}/notebooks/06_accuracy.ipynb",
+        f"{DATA}/notebooks/07_accuracy.ipynb",
     threads: config["threads"]
     message:
         "Table 2: {wildcards.dataset}"
     shell:
-        papermill("06_accuracy")
+        papermill("07_accuracy")
 
 
 rule umap:
     """07: Figure 2, of the first seed."""
     input:
         expand(f"{RUN}/results-kmex.json", seed=SEEDS[0], allow_missing=True),
-        code=code("07_umap", "figures"),
+        code=code("08_umap", "figures"),
     output:
         f"{TABLES}/figure2.png",
         f"{TABLES}/figure2.pdf",
         f"{TABLES}/figure2.csv",
     params:
-        given=given("07_umap", seed=SEEDS[0], figures_folder=FIGURES),
+        given=given("08_umap", seed=SEEDS[0], figures_folder=FIGURES),
     log:
-        f"{DATA}/notebooks/07_umap.ipynb",
+        f"{DATA}/notebooks/08_umap.ipynb",
     threads: config["threads"]
     message:
         "Figure 2: {wildcards.dataset}"
     shell:
-        papermill("07_umap")
+        papermill("08_umap")
 
 
 rule interpretation:
     """08: Figure 1, of the first seed."""
     input:
         expand(f"{RUN}/results-encoder.json", seed=SEEDS[0], allow_missing=True),
-        code=code("08_interpretation", "interpretation", "attribution", "figures"),
+        code=code("09_interpretation", "interpretation", "attribution", "figures"),
     output:
         f"{TABLES}/figure1.png",
         f"{TABLES}/figure1.pdf",
     params:
-        given=given("08_interpretation", seed=SEEDS[0], figures_folder=FIGURES),
+        given=given("09_interpretation", seed=SEEDS[0], figures_folder=FIGURES),
     log:
-        f"{DATA}/notebooks/08_interpretation.ipynb",
+        f"{DATA}/notebooks/09_interpretation.ipynb",
     threads: config["threads"]
     message:
         "Figure 1: {wildcards.dataset}"
     shell:
-        papermill("08_interpretation")
+        papermill("09_interpretation")
 
 
 rule html:

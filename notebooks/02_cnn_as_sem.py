@@ -131,7 +131,7 @@ plt.show()
 
 # %% [markdown]
 # The columns separate the classes, each class in its own half-space, but they point away from where the data lies:
-# that is what Table 1 measures (notebook 5) and KMEx mends (notebook 3).
+# that is what Table 1 measures (notebook 6) and KMEx mends (notebook 3).
 
 # %%
 run.save_results("sem", [("CNN", "theorem1_residual", "test", residual)], image=image)

@@ -15,8 +15,8 @@ ALL = sorted(path.stem for path in paths.NOTEBOOKS.glob("*.py"))
 TINY = {
     "01_train": dict(image_size=32, images_per_class=20, arch="resnet18", epochs=2, batch_size=20, precision="float32"),
     "04_encoder": dict(start_blocks=[4, 3, 2], prototypes_per_class=2, restarts=2),
-    "07_umap": dict(group="0,1,2", images_per_class=15),
-    "08_interpretation": dict(image=3),
+    "08_umap": dict(group="0,1,2", images_per_class=15),
+    "09_interpretation": dict(image=3),
 }
 
 
@@ -26,10 +26,10 @@ def test_the_story_is_complete():
         "02_cnn_as_sem",
         "03_kmex",
         "04_encoder",
-        "05_alignment",
-        "06_accuracy",
-        "07_umap",
-        "08_interpretation",
+        "06_alignment",
+        "07_accuracy",
+        "08_umap",
+        "09_interpretation",
     ]
 
 
@@ -66,7 +66,7 @@ def story(tmp_path_factory):
         given = {"dataset": "mnist-mini", "runs": str(folder / "runs"), **TINY.get(name, {})}
         if name >= "05":
             given["figures_folder"] = str(folder / "figures")
-        if name not in ("05_alignment", "06_accuracy"):
+        if name not in ("06_alignment", "07_accuracy"):
             given["seed"] = 3
         execute(name, folder, **given)
     return folder
@@ -134,7 +134,7 @@ def test_own_images_through_the_same_notebooks(folder, tmp_path):
         ("01_train", {"dataset": "cifar"}, "unknown dataset 'cifar'"),
         ("03_kmex", {"seed": 77}, "run notebook 01_train with dataset=mnist-mini and seed=77"),
         ("03_kmex", {"seed": 3, "prototypes_per_class": [21]}, "fewer than K/C = 21"),
-        ("08_interpretation", {"seed": 3, "image": 10**6}, "image must be an index of the"),
+        ("09_interpretation", {"seed": 3, "image": 10**6}, "image must be an index of the"),
     ],
 )
 def test_bad_input_is_one_clear_line(name, parameters, message, story, tmp_path):

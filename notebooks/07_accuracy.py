@@ -15,7 +15,7 @@
 # ---
 
 # %% [markdown]
-# # 6. Concept-based accuracy (Table 2)
+# # 7. Concept-based accuracy (Table 2)
 #
 # What does it cost to predict from prototypes? Plain accuracy, predicted = true, on the training images (without
 # augmentation) and on the test images, mean and standard deviation over seeds. The paper prints the mean of five.

@@ -15,7 +15,7 @@
 # ---
 
 # %% [markdown]
-# # 7. Where the prototypes lie (Figure 2)
+# # 8. Where the prototypes lie (Figure 2)
 #
 # A UMAP projection of the embeddings $z$ of a group of classes, training images opaque and test images faint. Left, the
 # classifier's columns $c_j$ raw (crosses) and rescaled to the mean length of their class (triangles); right, the

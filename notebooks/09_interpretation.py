@@ -15,7 +15,7 @@
 # ---
 
 # %% [markdown]
-# # 8. The interpretation process (Figure 1)
+# # 9. The interpretation process (Figure 1)
 #
 # Each image receives two explanations. The *explanation map* shows which prototype each position is closest to. The
 # *attribution* says how much each segment speaks for the backbone's class $j$ (eq. 11),

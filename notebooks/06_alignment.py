@@ -15,7 +15,7 @@
 # ---
 
 # %% [markdown]
-# # 5. Alignment of the prototypes (Table 1)
+# # 6. Alignment of the prototypes (Table 1)
 #
 # How close do prototypes point to the data they stand for? For each class, the mean cosine between its prototypes and
 # its embeddings (*class*) and between them and all other embeddings (*out*), averaged over classes.
