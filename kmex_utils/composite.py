@@ -11,10 +11,12 @@ with A_b the interpolation to the shallowest block's grid and s(b)_r the normali
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
+
+from .hardware import rows_at_once
 
 NORMS = ("position", "channel", "image")
 SCALES = ("1/D", "1/sqrt(D)", "1")
@@ -71,85 +73,121 @@ def interpolation(out: int, size: int, align_corners: bool) -> torch.Tensor:
     return F.interpolate(torch.eye(size)[None], out, mode="linear", align_corners=align_corners)[0].T.contiguous()
 
 
-class _Block:
-    """One block of some images: x at its own resolution, position-major [R_b, n, D_b], with u = A x implied.
+# entries of A_h ⊗ A_w up to which it beats one axis after the other, upwards and downwards (measured)
+_SMALL_UP, _SMALL_DOWN = 10_000, 40_000
 
-    ``s`` [R', n] is the scale of each row of u, ``squared`` [R', n] the squared length of each scaled row.
+
+@lru_cache(maxsize=64)
+def _both_axes(out: tuple[int, int], size: tuple[int, int], align_corners: bool) -> torch.Tensor | None:
+    """A_h ⊗ A_w [R', R_b] where that is small."""
+    a_h, a_w = (interpolation(o, i, align_corners) for o, i in zip(out, size, strict=True))
+    if a_h.numel() * a_w.numel() > _SMALL_DOWN:
+        return None
+    return (a_h[:, None, :, None] * a_w[None, :, None, :]).reshape(out[0] * out[1], -1)
+
+
+@lru_cache(maxsize=64)
+def _taps(out: tuple[int, int], size: tuple[int, int], align_corners: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The at most four positions each row of u is made of, [R', 4], and their shares in it."""
+    (low_h, share_h), (low_w, share_w) = (
+        interpolation(o, i, align_corners).topk(min(2, i), 1)[::-1] for o, i in zip(out, size, strict=True)
+    )
+    taps = low_h[:, None, :, None] * size[1] + low_w[None, :, None, :]
+    shares = share_h[:, None, :, None] * share_w[None, :, None, :]
+    return taps.reshape(out[0] * out[1], -1), shares.reshape(out[0] * out[1], -1)
+
+
+class _Block:
+    """One block of some images: x at its own resolution, [n R_b, D_b], with u = A x implied, A = A_h ⊗ A_w.
+
+    ``s`` [n R'] is the scale of each row of u, ``squared`` [n R'] the squared length of each scaled row.
     """
 
-    def __init__(self, x: torch.Tensor, size: tuple[int, int], normalisation: Normalisation) -> None:
+    def __init__(self, x: torch.Tensor, out: tuple[int, int], normalisation: Normalisation) -> None:
         self.n, self.channels, self.height, self.width = x.shape
-        self.out = size
-        self.a_h, self.a_w = (
-            interpolation(o, i, normalisation.align_corners).to(x)
-            for o, i in zip(size, (self.height, self.width), strict=True)
-        )
+        self.out = out
+        self.align_corners = normalisation.align_corners
+        sizes = list(zip(out, (self.height, self.width), strict=True))
+        self.axes = [interpolation(*size, normalisation.align_corners).to(x) for size in sizes]  # A_h, A_w
+        both = _both_axes(out, (self.height, self.width), normalisation.align_corners)
+        self.both_axes = None if both is None else both.to(x)
         factor = normalisation.factor(self.channels)
         if normalisation.norm == "channel":
             x = x * _inverse(self._squared_lengths_of_channels(x)).sqrt()[:, :, None, None]
-        self.x = x.permute(2, 3, 0, 1).reshape(-1, self.n, self.channels).contiguous()
+        self.x = x.permute(0, 2, 3, 1).reshape(-1, self.channels)  # no copy of channels-last activations
         squared = self._squared_lengths_of_rows()
         match normalisation.norm:
             case "position":
-                self.s = factor * _inverse(squared).sqrt()
+                s = factor * _inverse(squared).sqrt()
             case "image":
-                self.s = factor * _inverse(squared.sum(0, keepdim=True)).sqrt().expand_as(squared)
+                s = factor * _inverse(squared.sum(1, keepdim=True)).sqrt().expand_as(squared)
             case "channel":
-                self.s = torch.full_like(squared, factor)
-        self.squared = self.s**2 * squared
+                s = torch.full_like(squared, factor)
+        self.s = s.flatten()
+        self.squared = self.s**2 * squared.flatten()
 
     def _squared_lengths_of_channels(self, x: torch.Tensor) -> torch.Tensor:
         """||u_c||² over positions, [n, D], as x_cᵀ (AᵀA) x_c."""
-        gram = (self.a_h.T @ self.a_h) @ x @ (self.a_w.T @ self.a_w)
-        return (x * gram).sum((2, 3)).clamp_min(0)
+        a_h, a_w = self.axes
+        return (x * ((a_h.T @ a_h) @ x @ (a_w.T @ a_w))).sum((2, 3)).clamp_min(0)
 
     def _squared_lengths_of_rows(self) -> torch.Tensor:
-        """||u_r||² of every upsampled row, [R', n], without u.
+        """||u_r||² of every upsampled row, [n, R'], without u.
 
         A row of u is a weighted sum of at most four neighbouring rows of x, so its squared length needs only the
         inner products of neighbours: with itself, right, below, and along both diagonals.
         """
-        x = self.x.view(self.height, self.width, self.n, self.channels)
-        dot = lambda a, b: torch.einsum("hwnd,hwnd->hwn", a, b)  # noqa: E731
-        own_h, own_w = self.a_h**2, self.a_w**2
-        next_h, next_w = 2 * self.a_h[:, :-1] * self.a_h[:, 1:], 2 * self.a_w[:, :-1] * self.a_w[:, 1:]
-        total = _separable(own_h, own_w, dot(x, x))
+        x = self.x.view(self.n, self.height, self.width, self.channels)
+        dot = lambda a, b: torch.einsum("nhwd,nhwd->nhw", a, b)  # noqa: E731
+        if self.same_grid:
+            return dot(x, x).flatten(1)
+        a_h, a_w = self.axes
+        own_h, own_w = a_h**2, a_w**2
+        next_h, next_w = 2 * a_h[:, :-1] * a_h[:, 1:], 2 * a_w[:, :-1] * a_w[:, 1:]
+        total = own_h @ dot(x, x) @ own_w.T
         if self.width > 1:
-            total += _separable(own_h, next_w, dot(x[:, :-1], x[:, 1:]))
+            total += own_h @ dot(x[:, :, :-1], x[:, :, 1:]) @ next_w.T
         if self.height > 1:
-            total += _separable(next_h, own_w, dot(x[:-1], x[1:]))
+            total += next_h @ dot(x[:, :-1], x[:, 1:]) @ own_w.T
         if self.width > 1 and self.height > 1:
-            diagonals = dot(x[:-1, :-1], x[1:, 1:]) + dot(x[:-1, 1:], x[1:, :-1])
-            total += _separable(next_h, next_w, diagonals / 2)
-        return total.clamp_min(0)
+            diagonals = dot(x[:, :-1, :-1], x[:, 1:, 1:]) + dot(x[:, :-1, 1:], x[:, 1:, :-1])
+            total += next_h @ (diagonals / 2) @ next_w.T
+        return total.clamp_min(0).flatten(1)
 
     @property
     def same_grid(self) -> bool:
         return self.out == (self.height, self.width)
 
     def up(self, maps: torch.Tensor) -> torch.Tensor:
-        """A maps: [R_b, n, K] -> [R', n, K]."""
+        """A maps: [K, n R_b] -> [K, n R']."""
         if self.same_grid:
             return maps
-        grid = maps.view(self.height, self.width, -1)
-        return _separable(self.a_h, self.a_w, grid).view(-1, *maps.shape[1:])
+        if (a := self.both_axes) is not None and a.numel() <= _SMALL_UP:
+            return (maps.view(-1, a.shape[1]) @ a.T).view(len(maps), -1)
+        a_h, a_w = self.axes
+        wide = maps.view(-1, self.width) @ a_w.T
+        return (a_h @ wide.view(-1, self.height, len(a_w))).view(len(maps), -1)
 
     def down(self, maps: torch.Tensor) -> torch.Tensor:
-        """Aᵀ maps: [R', n, K] -> [R_b, n, K]."""
+        """Aᵀ maps: [K, n R'] -> [K, n R_b]."""
         if self.same_grid:
             return maps
-        grid = maps.view(*self.out, -1)
-        return _separable(self.a_h.T, self.a_w.T, grid).view(-1, *maps.shape[1:])
+        if (a := self.both_axes) is not None:
+            return (maps.view(-1, len(a)) @ a).view(len(maps), -1)
+        a_h, a_w = self.axes
+        narrow = maps.view(-1, len(a_w)) @ a_w
+        return (a_h.T @ narrow.view(-1, len(a_h), self.width)).view(len(maps), -1)
 
-
-def _separable(a_h: torch.Tensor, a_w: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """(a_h ⊗ a_w) on the first two axes of [h, w, m]: [h' w', m], the smaller product first."""
-    h, w, m = grid.shape
-    if a_h.shape[0] <= h:
-        tall = (a_h @ grid.reshape(h, -1)).view(-1, w, m)
-        return torch.matmul(a_w, tall).flatten(0, 1)
-    wide = torch.matmul(a_w, grid)
-    return (a_h @ wide.view(h, -1)).view(-1, m)
+    def bags(self, index: torch.Tensor, weights: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """Σ weights_m u_index_m over bags of consecutive m that begin at ``starts``, [bags, D_b]."""
+        if not self.same_grid:
+            taps, shares = _taps(self.out, (self.height, self.width), self.align_corners)
+            positions = self.out[0] * self.out[1]
+            image, position = index // positions, index % positions
+            index = image[:, None] * (self.height * self.width) + taps.to(index.device)[position]
+            weights = weights[:, None] * shares.to(weights)[position]
+            starts = starts * taps.shape[1]
+        return F.embedding_bag(index.flatten(), self.x, starts, mode="sum", per_sample_weights=weights.flatten())
 
 
 def _inverse(squared: torch.Tensor) -> torch.Tensor:
@@ -157,48 +195,55 @@ def _inverse(squared: torch.Tensor) -> torch.Tensor:
 
 
 class CompositeChunk:
-    """The rows of q of some images, position-major: row r n + i is position r of image i."""
+    """The rows of q of some images: row i R' + r is position r of image i."""
 
-    def __init__(self, blocks: Sequence[torch.Tensor], normalisation: Normalisation) -> None:
-        if not all(torch.isfinite(x).all() for x in blocks):
+    def __init__(self, x: Sequence[torch.Tensor], normalisation: Normalisation) -> None:
+        self._x = x
+        self._normalisation = normalisation
+
+    @cached_property
+    def blocks(self) -> list[_Block]:
+        """The blocks with their scales, computed on first use."""
+        if not all(torch.isfinite(x).all() for x in self._x):
             raise ValueError("the activations hold NaN or infinite values: check the images and the weights")
-        size = tuple(blocks[0].shape[2:])
-        self.blocks = [_Block(x, size, normalisation) for x in blocks]
-        self.squared = sum(block.squared for block in self.blocks).flatten()
+        out = tuple(self._x[0].shape[2:])
+        return [_Block(x, out, self._normalisation) for x in self._x]
 
-    def _columns(self, p: torch.Tensor) -> list[torch.Tensor]:
-        return list(p.split([block.channels for block in self.blocks], 1))
+    @cached_property
+    def squared(self) -> torch.Tensor:
+        """||q_r||², [rows]."""
+        return sum(block.squared for block in self.blocks)
+
+    def _columns(self, p: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return p.split([block.channels for block in self.blocks], 1)
 
     def dots(self, p: torch.Tensor) -> torch.Tensor:
-        """q_r · p_k for p [K, Σ D_b]: [rows, K]."""
+        """p_k · q_r for p [K, Σ D_b]: [K, rows]."""
         total = None
         for block, p_b in zip(self.blocks, self._columns(p), strict=True):
-            term = block.up(block.x @ p_b.T)
-            s = block.s[:, :, None]
-            total = term.mul_(s) if total is None else total.addcmul_(term, s)
-        return total.flatten(0, 1)
+            term = block.up(p_b @ block.x.T)
+            total = term.mul_(block.s) if total is None else total.addcmul_(term, block.s)
+        return total
 
     def sums(self, weights: torch.Tensor) -> torch.Tensor:
-        """Σ_r weights_rk q_r for weights [rows, K]: [K, Σ D_b]."""
-        weights = weights.view(-1, self.blocks[0].n, weights.shape[1])
-        columns = []
-        for block in self.blocks:
-            low = block.down(weights * block.s[:, :, None])
-            columns.append(low.flatten(0, 1).T @ block.x.flatten(0, 1))
-        return torch.cat(columns, 1)
+        """Σ_r weights_kr q_r for weights [K, rows]: [K, Σ D_b]."""
+        return torch.cat([block.down(weights * block.s) @ block.x for block in self.blocks], 1)
 
-    def rows(self, position: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    def sums_of(self, index: torch.Tensor, weights: torch.Tensor, target: torch.Tensor, count: int) -> torch.Tensor:
+        """Σ weights_m q_index_m over the m with target_m = k, for few rows: [count, Σ D_b]; ``target`` ascending."""
+        starts = torch.searchsorted(target, torch.arange(count, device=target.device))
+        return torch.cat([block.bags(index, weights * block.s[index], starts) for block in self.blocks], 1)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Some rows of q themselves, [n, Σ D_b]."""
-        columns = []
-        for block in self.blocks:
-            weights = block.a_h[position // block.out[1]][:, :, None] * block.a_w[position % block.out[1]][:, None, :]
-            u = torch.einsum("nr,nrd->nd", weights.flatten(1), block.x.transpose(0, 1)[image])
-            columns.append(u * block.s[position, image][:, None])
-        return torch.cat(columns, 1)
+        target = torch.arange(len(index), device=index.device)
+        return self.sums_of(index, torch.ones_like(self.squared[index]), target, len(index))
 
 
 class CompositeRows:
     """The rows of q(b:) for k-means and the explainers, exact, at the blocks' own resolutions.
+
+    Rows run image by image and, within an image, along the shallowest block's grid, row-major.
 
     Parameters
     ----------
@@ -208,9 +253,11 @@ class CompositeRows:
     images
         How many there are; not needed with a list.
     keep
-        Hold the chunks in memory. Without it, memory is bounded by one chunk, whatever the number of images.
+        Hold the activations in memory. Without it, memory is bounded by one reading, whatever the number of images.
+    images_per_reading
+        How many images to read at once.
     rows_per_chunk
-        About how many rows are worked on at a time.
+        About how many rows are worked on at a time; by default what stays in a core's cache, or keeps a GPU busy.
     """
 
     def __init__(
@@ -220,56 +267,55 @@ class CompositeRows:
         *,
         images: int = 0,
         keep: bool = True,
-        rows_per_chunk: int = 8192,
+        images_per_reading: int = 64,
+        rows_per_chunk: int = 0,
     ) -> None:
         if not callable(read):
             blocks = list(read)
             images, read = len(blocks[0]), lambda start, stop: [x[start:stop] for x in blocks]
         self.images = images
         self.normalisation = normalisation
-        self._read = read
         first = read(0, 1)
         self.grid = tuple(first[0].shape[2:])
         self.dim = sum(x.shape[1] for x in first)
-        self.device = first[0].device
+        self.device, self._dtype = first[0].device, first[0].dtype
         self.rows_per_image = self.grid[0] * self.grid[1]
-        self.images_per_chunk = max(1, rows_per_chunk // self.rows_per_image)
-        self._kept = [self._chunk(i) for i in range(self._count())] if keep else None
+        per_chunk = max(1, (rows_per_chunk or rows_at_once(self.device)) // self.rows_per_image)
+        self._images_per_chunk = per_chunk
+        self._images_per_reading = -(-images_per_reading // per_chunk) * per_chunk
+        self._read = read
+        self._kept = list(self._chunks()) if keep else None
 
-    def _count(self) -> int:
-        return -(-self.images // self.images_per_chunk)
-
-    def _chunk(self, i: int) -> CompositeChunk:
-        start = i * self.images_per_chunk
-        return CompositeChunk(self._read(start, min(start + self.images_per_chunk, self.images)), self.normalisation)
+    def _chunks(self) -> Iterator[tuple[slice, CompositeChunk]]:
+        for start in range(0, self.images, self._images_per_reading):
+            stop = min(start + self._images_per_reading, self.images)
+            read = self._read(start, stop)
+            for first in range(0, stop - start, self._images_per_chunk):
+                some = [x[first : first + self._images_per_chunk] for x in read]
+                begin = (start + first) * self.rows_per_image
+                chunk = CompositeChunk(some, self.normalisation)
+                yield slice(begin, begin + len(some[0]) * self.rows_per_image), chunk
 
     def __len__(self) -> int:
         return self.images * self.rows_per_image
 
     def chunks(self) -> Iterator[tuple[slice, CompositeChunk]]:
         """Row ranges, whole images each, with what answers for them."""
-        start = 0
-        for i in range(self._count()):
-            chunk = self._kept[i] if self._kept is not None else self._chunk(i)
-            stop = start + len(chunk.squared)
-            yield slice(start, stop), chunk
-            start = stop
+        return iter(self._kept) if self._kept is not None else self._chunks()
 
     def locate(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Image and position (row-major on the grid) of rows."""
-        chunk = index // (self.images_per_chunk * self.rows_per_image)
-        first = chunk * self.images_per_chunk
-        count = (self.images - first).clamp_max(self.images_per_chunk)
-        within = index - first * self.rows_per_image
-        return first + within % count, within // count
+        return index // self.rows_per_image, index % self.rows_per_image
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Some rows of q themselves, [n, Σ D_b]."""
+        found = torch.empty(len(index), self.dim, dtype=self._dtype, device=self.device)
         image, position = self.locate(index)
-        chunk = image // self.images_per_chunk
-        found = torch.empty(len(index), self.dim, device=self.device)
-        for i in chunk.unique().tolist():
-            mine = chunk == i
-            source = self._kept[i] if self._kept is not None else self._chunk(i)
-            found[mine] = source.rows(position[mine], image[mine] - i * self.images_per_chunk).to(found)
+        for i in image.unique().tolist():
+            mine = image == i
+            if self._kept is None:
+                found[mine] = CompositeChunk(self._read(i, i + 1), self.normalisation).rows(position[mine])
+            else:
+                span, chunk = self._kept[i // self._images_per_chunk]
+                found[mine] = chunk.rows(index[mine] - span.start)
         return found

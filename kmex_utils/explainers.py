@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from .backbones import avg_pool
 from .composite import CompositeRows, Normalisation
-from .kmeans import Prototypes
+from .kmeans import Chunk, Prototypes
 
 
 class Explainer(ABC):
@@ -106,23 +106,9 @@ class EncoderKMeans(Explainer):
     def sim(self, h: CompositeRows) -> torch.Tensor:
         """q_s of eq. 9: index of the closest of all K prototypes at every position, [N, H', W']; ties to the lowest."""
         p = self.prototypes.vectors.to(h.device)
-        half = p.square().sum(1) / 2
-        maps = [self._closest(chunk, p, half).view(h.rows_per_image, -1).T for _, chunk in h.chunks()]
+        half = p.square().sum(1, keepdim=True) / 2
+        maps = [_closest(chunk, p, half) for _, chunk in h.chunks()]
         return torch.cat(maps).view(h.images, *h.grid)
-
-    @staticmethod
-    def _closest(chunk, p: torch.Tensor, half: torch.Tensor, at_once: int = 256) -> torch.Tensor:
-        """Index of the closest prototype to each row, some prototypes at a time: never rows x K numbers."""
-        best = index = None
-        for start in range(0, len(p), at_once):
-            part = slice(start, start + at_once)
-            value, k = chunk.dots(p[part]).sub_(half[part]).max(1)
-            if best is None:
-                best, index = value, k
-            else:
-                index = torch.where(value > best, k + start, index)
-                best = torch.maximum(value, best)
-        return index
 
     def proj(self, similarity: torch.Tensor) -> torch.Tensor:
         """Eq. 10: how often a class's prototypes were chosen, averaged over its window of K/C, [N, C]."""
@@ -135,6 +121,25 @@ class EncoderKMeans(Explainer):
         """The other reading of the prediction: the class of the single most frequent prototype, [N]."""
         labels = self.prototypes.labels.to(similarity.device)
         return labels[torch.mode(similarity.flatten(1), 1).values]
+
+
+def _closest(chunk: Chunk, p: torch.Tensor, half: torch.Tensor, at_once: int = 256, group: int = 16) -> torch.Tensor:
+    """Index of the closest prototype to each row, [rows]; some prototypes at a time, never rows x K numbers.
+
+    Of each group only the maximum is looked at, and then only the best group of each row.
+    """
+    best = torch.full_like(chunk.squared, -torch.inf)
+    index = torch.zeros_like(best, dtype=torch.int64)
+    for start in range(0, len(p), at_once):
+        part = slice(start, start + at_once)
+        closeness = chunk.dots(p[part]).sub_(half[part])
+        divisible = len(closeness) % group == 0
+        groups = closeness.unflatten(0, (-1, group)) if divisible else closeness[:, None]  # [groups, in each, rows]
+        value, winner = groups.amax(1).max(0)
+        within = groups.gather(0, winner.expand(1, groups.shape[1], -1))[0].max(0).indices
+        index = torch.where(value > best, start + winner * groups.shape[1] + within, index)
+        best = torch.maximum(value, best)
+    return index
 
 
 def block_name(start_block: int, blocks: int = 4) -> str:

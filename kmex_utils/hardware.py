@@ -35,6 +35,11 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+def rows_at_once(device: torch.device) -> int:
+    """Rows that k-means and the explainers work on at a time: what stays in a CPU's cache, or keeps a GPU busy."""
+    return 4096 if device.type == "cpu" else 65_536
+
+
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The autocast type of training: ``auto`` is bfloat16 where the chip computes it natively, else float32.
 

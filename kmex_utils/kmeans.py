@@ -2,29 +2,37 @@
 
 The algorithm only ever asks its data for inner products, weighted sums and a few rows (:class:`Rows`), so one
 implementation serves the dense z (:class:`DenseRows`) and the never-built composite
-(:class:`~kmex_utils.composite.CompositeRows`). A faster engine goes behind :func:`kmeans`.
+(:class:`~kmex_utils.composite.CompositeRows`).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
+from .hardware import rows_at_once
 from .store import load_tensors, save_tensors
 
 
 class Chunk(Protocol):
     """Some rows, with ``squared`` lengths ||q_r||² [rows]."""
 
-    squared: torch.Tensor
+    @property
+    def squared(self) -> torch.Tensor:
+        """||q_r||², [rows]."""
 
     def dots(self, p: torch.Tensor) -> torch.Tensor:
-        """q_r · p_k, [rows, K], for p [K, D]."""
+        """p_k · q_r, [K, rows], for p [K, D]; the caller may write into it."""
 
     def sums(self, weights: torch.Tensor) -> torch.Tensor:
-        """Σ_r weights_rk q_r, [K, D], for weights [rows, K]."""
+        """Σ_r weights_kr q_r, [K, D], for weights [K, rows]."""
+
+    def sums_of(self, index: torch.Tensor, weights: torch.Tensor, target: torch.Tensor, count: int) -> torch.Tensor:
+        """Σ weights_m q_index_m over the m with target_m = k, for few rows: [count, D]; ``target`` ascending."""
 
 
 class Rows(Protocol):
@@ -52,22 +60,26 @@ class _DenseChunk:
         self.squared = matrix.square().sum(1)
 
     def dots(self, p: torch.Tensor) -> torch.Tensor:
-        return self.matrix @ p.T
+        return p @ self.matrix.T
 
     def sums(self, weights: torch.Tensor) -> torch.Tensor:
-        return weights.T @ self.matrix
+        return weights @ self.matrix
+
+    def sums_of(self, index: torch.Tensor, weights: torch.Tensor, target: torch.Tensor, count: int) -> torch.Tensor:
+        starts = torch.searchsorted(target, torch.arange(count, device=target.device))
+        return F.embedding_bag(index, self.matrix, starts, mode="sum", per_sample_weights=weights)
 
 
 class DenseRows:
     """The rows of a matrix [n, D], one for each image."""
 
-    def __init__(self, matrix: torch.Tensor, rows_per_chunk: int = 8192) -> None:
+    def __init__(self, matrix: torch.Tensor, rows_per_chunk: int = 0) -> None:
         if not torch.isfinite(matrix).all():
             raise ValueError("the embeddings hold NaN or infinite values: check the images and the weights")
         self.matrix = matrix
         self.dim = matrix.shape[1]
         self.device = matrix.device
-        self._chunks = [_DenseChunk(part) for part in matrix.split(rows_per_chunk)]
+        self._chunks = [_DenseChunk(part) for part in matrix.split(rows_per_chunk or rows_at_once(matrix.device))]
 
     def __len__(self) -> int:
         return len(self.matrix)
@@ -141,124 +153,173 @@ def kmeans(
 
 
 def _lloyd(rows: Rows, centroids: torch.Tensor, max_iterations: int, threshold: float) -> Clusters:
-    restarts = len(centroids)
-    labels = torch.full((len(rows), restarts), -1, dtype=torch.int32, device=rows.device)
+    restarts, k, dim = centroids.shape
+    state = _State(
+        torch.full((restarts, len(rows)), -1, dtype=torch.int16 if k < 2**15 else torch.int32, device=rows.device),
+        torch.zeros(restarts, k, dim, dtype=torch.float64, device=rows.device),
+        torch.zeros(restarts, k, dtype=torch.float64, device=rows.device),
+    )
     iterations = torch.zeros(restarts, dtype=torch.int64)
     active = torch.arange(restarts, device=rows.device)
     for _ in range(max_iterations):
-        moved = centroids[active].clone()
-        sums, sizes, changed, farthest = _step(rows, moved, labels, active)
+        moved = centroids[active]
+        changed = _assign(rows, moved, state, active)
+        sizes = state.sizes[active]
         filled = sizes > 0
-        moved[filled] = (sums[filled] / sizes[filled, None]).float()
-        _reseed(moved, filled, farthest)
+        if not filled.all():
+            _reseed(rows, moved, filled)
+        moved[filled] = (state.sums[active][filled] / sizes[filled, None]).float()
         shift = (moved - centroids[active]).double().square().sum((1, 2))
         centroids[active] = moved
         iterations[active.cpu()] += 1
         active = active[(changed & (shift > threshold))]
         if not len(active):
             break
-    inertia = torch.stack([_distances(rows, p)[0] for p in centroids])
+    inertia, sizes, nearest = _assess(rows, centroids)
     best = int(inertia.argmin())
-    _, sizes, nearest = _distances(rows, centroids[best])
-    return Clusters(centroids[best], sizes, nearest, float(inertia[best]), int(iterations[best]))
+    return Clusters(centroids[best], sizes[best], nearest[best], float(inertia[best]), int(iterations[best]))
 
 
-def _step(rows: Rows, p: torch.Tensor, labels: torch.Tensor, active: torch.Tensor):
-    """One assignment and the sums of the update, for all active restarts p [R, K, D] at once.
+@dataclass
+class _State:
+    """Of all restarts: ``labels`` [R, n], and ``sums`` [R, K, D] and ``sizes`` [R, K] of their rows in float64."""
 
-    Writes the new ``labels``; returns sums [R, K, D] and sizes [R, K] in float64, whether any label changed [R],
-    and the K rows farthest from their centroid with their squared distance.
+    labels: torch.Tensor
+    sums: torch.Tensor
+    sizes: torch.Tensor
+
+
+def _assign(rows: Rows, p: torch.Tensor, state: _State, active: torch.Tensor) -> torch.Tensor:
+    """Give every row to its closest centroid in the active restarts p [R, K, D], all in one product per chunk.
+
+    Sums and sizes follow by what changed, row by row once that is little. Returns whether any label did, [R].
     """
     restarts, k, dim = p.shape
     flat = p.flatten(0, 1)
-    half = flat.square().sum(1) / 2
+    half = flat.square().sum(1, keepdim=True) / 2
     sums = torch.zeros(restarts * k, dim, dtype=torch.float64, device=p.device)
     sizes = torch.zeros(restarts * k, dtype=torch.float64, device=p.device)
     changed = torch.zeros(restarts, dtype=torch.bool, device=p.device)
-    far_value = torch.full((k, restarts), -torch.inf, device=p.device)
-    far_index = torch.zeros((k, restarts), dtype=torch.int64, device=p.device)
     for span, chunk in rows.chunks():
-        closeness = chunk.dots(flat).sub_(half).view(-1, restarts, k)
-        best, label = closeness.max(2)
-        one_hot = closeness.zero_().scatter_(2, label[:, :, None], 1).flatten(1)
-        sums += chunk.sums(one_hot)
-        sizes += one_hot.sum(0)
-        label = label.int()
-        changed |= (labels[span, active] != label).any(0)
-        labels[span.start : span.stop, active] = label
-        distance = chunk.squared[:, None] - 2 * best
-        value, index = distance.topk(min(k, len(distance)), 0)
-        far_value, order = torch.cat([far_value, value]).topk(k, 0)
-        far_index = torch.cat([far_index, index + span.start]).gather(0, order)
-    far = (far_value.T, [rows.rows(index) for index in far_index.T] if (sizes == 0).any() else [])
-    return sums.view(restarts, k, dim), sizes.view(restarts, k), changed, far
+        closeness = chunk.dots(flat).sub_(half).view(restarts, k, -1)
+        new = argmax(closeness)
+        old = state.labels[active, span].long()
+        state.labels[active, span] = new.to(state.labels.dtype)
+        restart, row = (new != old).nonzero(as_tuple=True)
+        left, entered = old[restart, row], new[restart, row]
+        known = left >= 0
+        cluster = torch.cat([restart * k + entered, (restart * k + left)[known]])
+        row = torch.cat([row, row[known]])
+        sign = torch.ones(len(row), device=p.device)
+        sign[len(restart) :] = -1
+        if len(restart) < _FEW * new.numel():
+            target, order = cluster.sort(stable=True)
+            sums += chunk.sums_of(row[order], sign[order], target, restarts * k)
+        else:
+            weights = closeness.zero_().flatten(0, 1)
+            weights[cluster, row] = sign
+            sums += chunk.sums(weights)
+        sizes += torch.bincount(cluster, sign, restarts * k)
+        changed[restart] = True
+    state.sums[active] += sums.view(restarts, k, dim)
+    state.sizes[active] += sizes.view(restarts, k)
+    return changed
 
 
-def _reseed(p: torch.Tensor, filled: torch.Tensor, farthest) -> None:
-    value, candidates = farthest
+_FEW = 0.25  # share of changed labels below which single rows are faster than a product (measured)
+
+
+def argmax(values: torch.Tensor) -> torch.Tensor:
+    """Index of the largest along dimension 1, [n, K, m] -> [n, m], ties to the lowest.
+
+    Maximum, comparison and maximum again run several times faster on CPUs than PyTorch's own search.
+    """
+    k = values.shape[1]
+    code = torch.arange(k, 0, -1, dtype=torch.int16 if k < 2**15 else torch.int32, device=values.device)
+    hit = values == values.amax(1, keepdim=True)
+    return k - (hit * code[:, None]).amax(1).long()
+
+
+def _reseed(rows: Rows, p: torch.Tensor, filled: torch.Tensor) -> None:
+    """Move the empty clusters of p [R, K, D] to the rows farthest from their own centroid.
+
+    ``filled`` [R, K] says which clusters have rows.
+    """
+    restarts, k, _ = p.shape
+    value = torch.full((restarts, k), -torch.inf, device=p.device)
+    index = torch.zeros((restarts, k), dtype=torch.int64, device=p.device)
+    for span, distance in _squared_distances(rows, p.flatten(0, 1)):
+        closest = distance.view(restarts, k, -1).amin(1)
+        far, where = closest.topk(min(k, closest.shape[1]), 1)
+        value, order = torch.cat([value, far], 1).topk(k, 1)
+        index = torch.cat([index, where + span.start], 1).gather(1, order)
     for restart, cluster in (~filled).nonzero().tolist():
         rank = int((~filled[restart, :cluster]).sum())
         if value[restart, rank] > 0:
-            p[restart, cluster] = candidates[restart][rank]
+            p[restart, cluster] = rows.rows(index[restart, rank : rank + 1])[0]
 
 
 def _plus_plus(rows: Rows, k: int, restarts: int, generator: torch.Generator) -> torch.Tensor:
     """Greedy k-means++ (Arthur & Vassilvitskii 2007, with scikit-learn's 2 + log k trials), [restarts, k, D]."""
-    trials = 2 + int(torch.log(torch.tensor(float(k))))
+    trials = 2 + int(math.log(k))
     first = torch.randint(len(rows), (restarts,), generator=generator).to(rows.device)
     centroids = torch.empty(restarts, k, rows.dim, device=rows.device)
     centroids[:, 0] = rows.rows(first)
-    closest = torch.full((len(rows), restarts), torch.inf, device=rows.device)
+    closest = torch.full((restarts, len(rows)), torch.inf, device=rows.device)
     _shrink(rows, centroids[:, 0], closest)
     for c in range(1, k):
-        index = _draw(closest, torch.rand(trials, restarts, generator=generator, dtype=torch.float64))
+        index = _draw(closest, torch.rand(restarts, trials, generator=generator, dtype=torch.float64))
         candidates = rows.rows(index.flatten())
-        potential = torch.zeros(trials, restarts, dtype=torch.float64, device=rows.device)
+        potential = torch.zeros(restarts, trials, dtype=torch.float64, device=rows.device)
         for span, distance in _squared_distances(rows, candidates):
-            distance = distance.view(-1, trials, restarts)
-            potential += torch.minimum(distance, closest[span, None]).sum(0, dtype=torch.float64)
-        chosen = potential.argmin(0)
-        centroids[:, c] = candidates.view(trials, restarts, -1)[chosen, torch.arange(restarts, device=rows.device)]
+            reached = torch.minimum(distance.view(restarts, trials, -1), closest[:, None, span])
+            potential += reached.sum(2, dtype=torch.float64)
+        chosen = potential.argmin(1)
+        centroids[:, c] = candidates.view(restarts, trials, -1)[torch.arange(restarts, device=rows.device), chosen]
         _shrink(rows, centroids[:, c], closest)
     return centroids
 
 
 def _draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Row indices [trials, restarts] drawn in proportion to weights [n, restarts]."""
-    cumulated = weights.double().cumsum(0).T.contiguous()
-    target = uniform.to(weights.device).T * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, target.contiguous(), right=True).clamp_max(len(weights) - 1).T
+    """Row indices [restarts, trials] drawn in proportion to weights [restarts, n]."""
+    drawn = []
+    for some, draws in zip(weights, uniform.to(weights.device), strict=True):
+        cumulated = some.double().cumsum(0)
+        drawn.append(torch.searchsorted(cumulated, draws * cumulated[-1], right=True))
+    return torch.stack(drawn).clamp_max(weights.shape[1] - 1)
 
 
 def _shrink(rows: Rows, centroids: torch.Tensor, closest: torch.Tensor) -> None:
+    """Lower ``closest`` [R, n] to the squared distance to one more centroid of each restart, [R, D]."""
     for span, distance in _squared_distances(rows, centroids):
-        closest[span] = torch.minimum(closest[span], distance)
+        closest[:, span] = torch.minimum(closest[:, span], distance)
 
 
 def _squared_distances(rows: Rows, p: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """||q_r - p_k||² chunk by chunk, [chunk, K]."""
-    squared = p.square().sum(1)
+    """||p_k - q_r||² chunk by chunk, [K, chunk]."""
+    squared = p.square().sum(1, keepdim=True)
     for span, chunk in rows.chunks():
-        scale = chunk.squared[:, None] + squared
-        distance = scale - 2 * chunk.dots(p)
+        scale = chunk.squared + squared
+        distance = chunk.dots(p).mul_(-2).add_(scale)
         # below the rounding of its terms a distance is zero: a centroid is not drawn twice
-        yield span, torch.where(distance > 4e-7 * scale, distance, 0)
+        yield span, distance.masked_fill_(distance <= 4e-7 * scale, 0)
 
 
-def _distances(rows: Rows, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inertia [] (float64), cluster sizes [K], and the nearest row to each centroid [K]."""
-    inertia = torch.zeros((), dtype=torch.float64, device=rows.device)
-    sizes = torch.zeros(len(p), dtype=torch.int64, device=rows.device)
-    best = torch.full((len(p),), torch.inf, device=rows.device)
-    nearest = torch.zeros(len(p), dtype=torch.int64, device=rows.device)
-    for span, distance in _squared_distances(rows, p):
-        least, label = distance.min(1)
-        inertia += least.sum(dtype=torch.float64)
-        sizes += torch.bincount(label, minlength=len(p))
-        value, index = distance.min(0)
+def _assess(rows: Rows, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each restart p [R, K, D]: inertia [R] (float64), cluster sizes [R, K], nearest row to each centroid [R, K]."""
+    restarts, k, _ = p.shape
+    inertia = torch.zeros(restarts, dtype=torch.float64, device=p.device)
+    sizes = torch.zeros(restarts, k, dtype=torch.int64, device=p.device)
+    best = torch.full((restarts * k,), torch.inf, device=p.device)
+    nearest = torch.zeros(restarts * k, dtype=torch.int64, device=p.device)
+    for span, distance in _squared_distances(rows, p.flatten(0, 1)):
+        least, label = distance.view(restarts, k, -1).min(1)
+        inertia += least.sum(1, dtype=torch.float64)
+        sizes.scatter_add_(1, label, torch.ones_like(label))
+        value, index = distance.min(1)
         nearest = torch.where(value < best, index + span.start, nearest)
         best = torch.minimum(value, best)
-    return inertia, sizes, nearest
+    return inertia, sizes, nearest.view(restarts, k)
 
 
 def _mean_variance(rows: Rows) -> float:
@@ -267,7 +328,7 @@ def _mean_variance(rows: Rows) -> float:
     squared = 0.0
     for _, chunk in rows.chunks():
         squared += float(chunk.squared.sum(dtype=torch.float64))
-        total += chunk.sums(torch.ones_like(chunk.squared)[:, None])[0]
+        total += chunk.sums(torch.ones_like(chunk.squared)[None])[0]
     n = len(rows)
     return max(0.0, squared / n - float((total / n).square().sum())) / rows.dim
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kmex_utils.composite import NORMS, SCALES, CompositeRows, Normalisation, composite
+from kmex_utils.kmeans import kmeans
 
 
 def naive_composite(blocks, norm, scale, align_corners):
@@ -99,19 +100,19 @@ def check_operator(blocks, normalisation, **options):
     q = composite(blocks, normalisation)[image, position]
     generator = torch.Generator().manual_seed(1)
     p = torch.randn(5, q.shape[1], generator=generator, dtype=dtype)
-    weights = torch.rand(len(q), 4, generator=generator, dtype=dtype)
+    weights = torch.rand(4, len(q), generator=generator, dtype=dtype)
     tolerance = {"rtol": 1e-4, "atol": 1e-5}
     assert (len(rows), rows.dim) == tuple(q.shape)
     sums, seen = 0, []
     for span, chunk in rows.chunks():
-        torch.testing.assert_close(chunk.dots(p), q[span] @ p.T, **tolerance)
+        torch.testing.assert_close(chunk.dots(p), p @ q[span].T, **tolerance)
         torch.testing.assert_close(chunk.squared, q[span].square().sum(1), **tolerance)
-        sums = sums + chunk.sums(weights[span])
+        sums = sums + chunk.sums(weights[:, span])
         seen += range(span.start, span.stop)
     assert seen == list(range(len(rows)))
-    torch.testing.assert_close(sums, weights.T @ q, **tolerance)
+    torch.testing.assert_close(sums, weights @ q, **tolerance)
     index = torch.randint(len(q), (7,), generator=generator)
-    torch.testing.assert_close(rows.rows(index), q[index].float(), **tolerance)
+    torch.testing.assert_close(rows.rows(index), q[index], **tolerance)
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 70, 10**6])
@@ -132,7 +133,7 @@ def test_streamed_rows_are_the_rows_in_memory():
         passes.append((start, stop))
         return [x[start:stop] for x in blocks]
 
-    streamed = CompositeRows(read, images=7, keep=False, rows_per_chunk=60)
+    streamed = CompositeRows(read, images=7, keep=False, images_per_reading=1, rows_per_chunk=60)
     kept = CompositeRows(blocks, rows_per_chunk=60)
     p = torch.randn(3, kept.dim)
     for (_, ours), (_, expected) in zip(streamed.chunks(), kept.chunks(), strict=True):
@@ -152,4 +153,4 @@ def test_not_a_number_is_refused():
     blocks = blocks_of()
     blocks[1][0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        CompositeRows(blocks)
+        kmeans(CompositeRows(blocks), 2)
