@@ -101,14 +101,14 @@ class EncoderKMeans(Explainer):
 
     def h(self, activations: Sequence[torch.Tensor]) -> CompositeRows:
         """The composite q(b:) of eq. 8, as an operator."""
-        return CompositeRows(activations[self.start_block - 1 :], self.normalisation)
+        return CompositeRows(activations[self.start_block - 1 :], self.normalisation, rows_per_chunk=1024)
 
     def sim(self, h: CompositeRows) -> torch.Tensor:
         """q_s of eq. 9: index of the closest of all K prototypes at every position, [N, H', W']; ties to the lowest."""
-        p = self.prototypes.vectors.to(h.device)
-        half = p.square().sum(1, keepdim=True) / 2
-        maps = [_closest(chunk, p, half) for _, chunk in h.chunks()]
-        return torch.cat(maps).view(h.images, *h.grid)
+        parts = []
+        for p in self.prototypes.vectors.to(h.device).split(2048):  # never rows x K numbers
+            parts.append((h.columns(p), p.square().sum(1, keepdim=True) / 2))
+        return torch.cat([_closest(chunk, parts) for _, chunk in h.chunks()]).view(h.images, *h.grid)
 
     def proj(self, similarity: torch.Tensor) -> torch.Tensor:
         """Eq. 10: how often a class's prototypes were chosen, averaged over its window of K/C, [N, C]."""
@@ -123,22 +123,23 @@ class EncoderKMeans(Explainer):
         return labels[torch.mode(similarity.flatten(1), 1).values]
 
 
-def _closest(chunk: Chunk, p: torch.Tensor, half: torch.Tensor, at_once: int = 256, group: int = 16) -> torch.Tensor:
-    """Index of the closest prototype to each row, [rows]; some prototypes at a time, never rows x K numbers.
+def _closest(chunk: Chunk, parts: Sequence[tuple[Any, torch.Tensor]], group: int = 16) -> torch.Tensor:
+    """Index of the closest prototype to each row, [rows], by parts (prototypes, half their squared lengths).
 
-    Of each group only the maximum is looked at, and then only the best group of each row.
+    Of each group of prototypes only the maximum is looked at, then only the best group of each row.
     """
-    best = torch.full_like(chunk.squared, -torch.inf)
-    index = torch.zeros_like(best, dtype=torch.int64)
-    for start in range(0, len(p), at_once):
-        part = slice(start, start + at_once)
-        closeness = chunk.dots(p[part]).sub_(half[part])
+    best = index = None
+    start = 0
+    for p, half in parts:
+        closeness = chunk.dots(p).sub_(half)
         divisible = len(closeness) % group == 0
         groups = closeness.unflatten(0, (-1, group)) if divisible else closeness[:, None]  # [groups, in each, rows]
         value, winner = groups.amax(1).max(0)
         within = groups.gather(0, winner.expand(1, groups.shape[1], -1))[0].max(0).indices
-        index = torch.where(value > best, start + winner * groups.shape[1] + within, index)
-        best = torch.maximum(value, best)
+        found = start + winner * groups.shape[1] + within
+        index = found if best is None else torch.where(value > best, found, index)
+        best = value if best is None else torch.maximum(value, best)
+        start += len(closeness)
     return index
 
 
