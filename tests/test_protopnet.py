@@ -158,8 +158,16 @@ def digits():
 QUICK = Options(depth=8, warm_epochs=2, joint_epochs=3, push_start=3, push_every=3, last_passes=3, batch_size=16)
 
 
+def small():
+    """A backbone with batch normalisation that trains in no time: 32 pixels become one position, 64 become 2 x 2."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        block = nn.Sequential(nn.Conv2d(3, 12, 8, 8), nn.BatchNorm2d(12), nn.ReLU(), nn.AvgPool2d(4))
+        return Backbone([block], nn.Linear(12, 10, bias=False))
+
+
 def fit(digits, checkpoint, options=QUICK, report=lambda line: None, **more):
-    network = Network(resnet("resnet18", 10, seed=3), 10, 2, options, seed=3)
+    network = Network(small(), 10, 2, options, seed=3)
     more = {"seed": 3, "made_by": {"backbone": "x"}, "precision": "float32", "save_after": 0.0, **more}
     history = train(network, digits, options, checkpoint=checkpoint, report=report, **more)
     return network, history
@@ -203,7 +211,7 @@ def test_a_killed_run_ends_with_the_same_weights(digits, tmp_path, frozen):
 
 def test_phases_train_what_they_should(digits, tmp_path):
     """Warm-up leaves the features' weights, the last phase everything but the last layer."""
-    start = Network(resnet("resnet18", 10, seed=3), 10, 2, QUICK, seed=3)
+    start = Network(small(), 10, 2, QUICK, seed=3)
     warm, _ = fit(digits, tmp_path / "a", replace(QUICK, joint_epochs=0, last_passes=0, frozen_features="once"))
     last, _ = fit(digits, tmp_path / "b", replace(QUICK, joint_epochs=0, last_passes=2, frozen_features="once"))
     moved = lambda a, b: {n for (n, x), y in zip(a.named_parameters(), b.parameters(), strict=True) if (x != y).any()}  # noqa: E731
@@ -216,7 +224,7 @@ def test_phases_train_what_they_should(digits, tmp_path):
 def test_frozen_features_anew_follow_batch_statistics(digits, tmp_path):
     """As in the authors' code, batch normalisation stays in training mode while the features' weights are frozen."""
     options = replace(QUICK, joint_epochs=0, last_passes=0)
-    fresh = resnet("resnet18", 10, seed=3).blocks[0][1].running_mean
+    fresh = small().blocks[0][1].running_mean
     anew, _ = fit(digits, tmp_path / "a", options)
     once, _ = fit(digits, tmp_path / "b", replace(options, frozen_features="once"))
     assert torch.equal(once.blocks[0][1].running_mean, fresh)
@@ -291,7 +299,7 @@ def test_bad_input_is_one_clear_line(digits, tmp_path):
     with pytest.raises(ValueError, match="class '9' has no training images"):
         fit(empty, tmp_path / "c")
     with pytest.raises(ValueError, match="K/C.* must be at least 1"):
-        Network(resnet("resnet18", 10), 10, 0, QUICK)
+        Network(small(), 10, 0, QUICK)
     with pytest.raises(ValueError, match="the loss is .* in the warm phase: lower its rates"):
         fit(digits, tmp_path / "c", replace(QUICK, prototypes_rate=1e30))
 
