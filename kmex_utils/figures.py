@@ -163,7 +163,7 @@ def protopnet_curve(history: Sequence[dict]) -> Figure:
         look = {"color": colour, "marker": "o", "markersize": 3, "linestyle": "", "label": phase}
         for side, name in zip(axes, ("cross_entropy", "cluster", "accuracy"), strict=True):
             side.plot([i for i, _ in of_phase], [record[name] for _, record in of_phase], **look)
-    names = ("cross-entropy", "cluster cost (mean squared distance)", "running accuracy (%)")
+    names = ("cross-entropy", "cluster cost", "running accuracy (%)")
     for side, name in zip(axes, names, strict=True):
         for i, record in enumerate(history):
             if record["phase"] == "push":
@@ -172,6 +172,7 @@ def protopnet_curve(history: Sequence[dict]) -> Figure:
         side.set_ylabel(name)
         side.xaxis.get_major_locator().set_params(integer=True)
     axes[1].set_yscale("log")
+    axes[1].yaxis.set_minor_formatter(plt.NullFormatter())
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     plt.close(figure)  # shown once, by the caller
     return figure
@@ -180,8 +181,8 @@ def protopnet_curve(history: Sequence[dict]) -> Figure:
 def most_activated(image: np.ndarray, class_name: str, found: Sequence[Activated], title: str = "") -> Figure:
     """*This looks like that*: an image's most activated prototypes, one row each, and the points they add to a class.
 
-    From left to right: the image with the most activated box; the activation map over it, on one scale for all rows;
-    the training image the prototype came from, with its own box.
+    From left to right: the image, boxed where it is most similar; the activation map over it, on one scale for all
+    rows; the training image the prototype came from, with its own box.
 
     Parameters
     ----------

@@ -560,9 +560,9 @@ def load(run: Run) -> Network:
 class Activated:
     """A prototype that an image activates, and the training patch it came from.
 
-    ``activation`` [S, S], the similarities upsampled (bicubic), with the box (top, bottom, left, right) around its
-    highest 5 %; ``source`` uint8 [S, S, 3], the training image of the prototype, with its own box; ``similarity``
-    times ``weight`` are the ``points`` the prototype adds to the explained class.
+    ``activation`` [S, S], the similarities upsampled (bicubic), and the ``box`` (top, bottom, left, right) in pixels of
+    the most similar patch; ``source`` uint8 [S, S, 3], the training image of the prototype, with its own box;
+    ``similarity`` times ``weight`` are the ``points`` the prototype adds to the explained class.
     """
 
     prototype: int
@@ -581,9 +581,17 @@ class Activated:
         return self.similarity * self.weight
 
 
+BOXES = ("patch", "activation")
+
+
 @torch.no_grad()
 def most_activated(
-    network: Network, dataset: Dataset, pixels: np.ndarray, count: int = 5, target: int | None = None
+    network: Network,
+    dataset: Dataset,
+    pixels: np.ndarray,
+    count: int = 5,
+    target: int | None = None,
+    box: str = "patch",
 ) -> tuple[int, list[Activated]]:
     """The prototypes that an image activates most, as *this looks like that* shows them.
 
@@ -593,48 +601,80 @@ def most_activated(
         uint8 [1 or 3, S, S].
     target
         Class that the points go to; None takes the predicted one.
+    box
+        What is boxed: the ``patch`` of the latent grid, or ``activation``: the highest 5 % of the upsampled map (the
+        authors; on a grid of few positions it falls into a corner).
 
     Returns
     -------
     (class, prototypes in falling order of similarity)
     """
-    if (network.image < 0).any():
-        raise ValueError("the prototypes were not pushed to training patches yet: finish the training")
-    similarity, maps = _maps(network, dataset, pixels[None])
-    j = int((similarity @ network.last.weight.T).argmax()) if target is None else target
-    order = similarity[0].argsort(descending=True, stable=True)[:count].tolist()
+    maps = _maps(network, dataset, pixels)
+    similarity = maps.amax((1, 2))
+    j = int((network.last.weight @ similarity).argmax()) if target is None else target
     found = []
-    for k in order:
-        i = int(network.image[k])
-        _, own = _maps(network, dataset, dataset.train.pixels[i : i + 1])
-        activation, source = (_upsampled(m[0, k], dataset.recipe.image_size) for m in (maps, own))
+    for k in similarity.argsort(descending=True, stable=True)[:count].tolist():
+        i, source, source_box = prototype_source(network, dataset, k, box)
         found.append(
             Activated(
                 k,
                 dataset.classes[int(network.labels[k])],
-                float(similarity[0, k]),
+                float(similarity[k]),
                 float(network.last.weight[j, k]),
-                activation,
-                activated_box(activation),
-                dataset.train.rgb(i),
-                activated_box(source),
+                _upsampled(maps[k], dataset.recipe.image_size),
+                _boxed(maps[k], int(maps[k].argmax()), network, dataset, box),
+                source,
+                source_box,
                 i,
             )
         )
     return j, found
 
 
-def _maps(network: Network, dataset: Dataset, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest similarity [N, K] and similarity maps [N, K, H, W] of images."""
+@torch.no_grad()
+def prototype_source(
+    network: Network, dataset: Dataset, k: int, box: str = "patch"
+) -> tuple[int, np.ndarray, tuple[int, int, int, int]]:
+    """Where prototype k came from: the training image's index, its pixels [S, S, 3] and the box."""
+    if box not in BOXES:
+        raise ValueError(f"box must be one of {', '.join(BOXES)}, got {box!r}")
+    i = int(network.image[k])
+    if i < 0:
+        raise ValueError("the prototypes were not pushed to training patches yet: finish the training")
+    maps = _maps(network, dataset, dataset.train.pixels[i])
+    return i, dataset.train.rgb(i), _boxed(maps[k], int(network.position[k]), network, dataset, box)
+
+
+def faded(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    """An image uint8 [S, S, 3], greyed outside a box."""
+    top, bottom, left, right = box
+    shown = (0.35 * image + 0.65 * 160).astype(np.uint8)
+    shown[top:bottom, left:right] = image[top:bottom, left:right]
+    return shown
+
+
+def _maps(network: Network, dataset: Dataset, pixels: np.ndarray) -> torch.Tensor:
+    """Similarity of every patch of an image to every prototype, [K, H - s + 1, W - s + 1], on the CPU."""
     explainer = network.eval().explainer
-    latent = network.add_on(network.features(dataset.normalise(pixels, network.prototypes.device)))
-    sim = explainer.sim(explainer.patches(latent)).transpose(1, 2)
+    latent = network.add_on(network.features(dataset.normalise(pixels[None], network.prototypes.device)))
     height = latent.shape[2] - network.prototypes.shape[2] + 1
-    return sim.amax(2), sim.unflatten(2, (height, -1))
+    return explainer.sim(explainer.patches(latent))[0].T.unflatten(1, (height, -1)).cpu()
+
+
+def _boxed(activation: torch.Tensor, position: int, network, dataset, box: str) -> tuple[int, int, int, int]:
+    size = dataset.recipe.image_size
+    if box == "activation":
+        return activated_box(_upsampled(activation, size))
+    covers = network.prototypes.shape[2]
+    cells = [n + covers - 1 for n in activation.shape]
+    ends = []
+    for at, count in zip(divmod(position, activation.shape[1]), cells, strict=True):
+        ends += [round(at * size / count), round((at + covers) * size / count)]
+    return tuple(ends)
 
 
 def _upsampled(activation: torch.Tensor, size: int) -> np.ndarray:
-    return F.interpolate(activation[None, None], (size, size), mode="bicubic", align_corners=False)[0, 0].cpu().numpy()
+    return F.interpolate(activation[None, None], (size, size), mode="bicubic", align_corners=False)[0, 0].numpy()
 
 
 def activated_box(activation: np.ndarray, percentile: float = 95) -> tuple[int, int, int, int]:
@@ -642,15 +682,3 @@ def activated_box(activation: np.ndarray, percentile: float = 95) -> tuple[int, 
     high = activation >= np.percentile(activation, percentile)
     rows, columns = (np.flatnonzero(high.any(axis)) for axis in (1, 0))
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-
-
-@torch.no_grad()
-def prototype_image(network: Network, dataset: Dataset, k: int) -> np.ndarray:
-    """The training image of prototype k, faded outside the box where it activates the prototype most, [S, S, 3]."""
-    i = int(network.image[k])
-    _, maps = _maps(network, dataset, dataset.train.pixels[i : i + 1])
-    top, bottom, left, right = activated_box(_upsampled(maps[0, k], dataset.recipe.image_size))
-    image = dataset.train.rgb(i)
-    shown = (0.35 * image + 0.65 * 160).astype(np.uint8)
-    shown[top:bottom, left:right] = image[top:bottom, left:right]
-    return shown

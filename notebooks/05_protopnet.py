@@ -64,6 +64,7 @@ affine: bool = (
 )
 embedding: str = "image"  # Table 1's cosines: with the mean over an image's patches (image) or with each patch (patch)
 image: int = 7  # index in the test split of the image explained
+box: str = "patch"  # what figures box: the patch itself, or activation: the highest 5 % of the map, as the authors
 restarts: int = 10  # of k-means for ProtoPNet + KMEx
 precision: str = "auto"  # of the joint phase: float32, bfloat16 (autocast), or auto: bfloat16 where the chip has it
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
@@ -85,6 +86,8 @@ run = Run.of(runs, dataset, seed)
 trained, images = run.settings(), run.load_dataset()
 if embedding not in ("image", "patch"):
     raise ValueError(f"embedding must be 'image' or 'patch', got {embedding!r}")
+if box not in protopnet.BOXES:
+    raise ValueError(f"box must be one of {', '.join(protopnet.BOXES)}, got {box!r}")
 if not 0 <= image < len(images.test):
     raise ValueError(f"image must be an index of the {len(images.test)} test images, got {image}")
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
@@ -181,15 +184,15 @@ pd.DataFrame(cosines, columns=["model", "measure", "split", "cosine"]).set_index
 # %% [markdown]
 # ## The prototypes, seen
 #
-# The training image of each prototype, faded but where it activates most. Prototypes of one class may have been pushed
-# to the same patch; the number of distinct ones tells.
+# The training image of each prototype, faded outside its patch; the network sees the patch's surroundings too. Prototypes
+# of one class may have been pushed to the same patch; the number of distinct ones tells.
 
 # %%
 some = [k for k in range(len(p_labels)) if p_labels[k] < 10]
 distinct = [r["distinct"] for r in history if r["phase"] == "push"][-1]
 print(f"{distinct} distinct patches for {len(p_labels)} prototypes")
 figures.image_grid(
-    [protopnet.prototype_image(network, images, k) for k in some],
+    [protopnet.faded(*protopnet.prototype_source(network, images, k, box)[1:]) for k in some],
     [images.classes[p_labels[k]] for k in some],
     columns=per_class if per_class > 5 else 2 * per_class,
 )
@@ -201,7 +204,7 @@ figures.image_grid(
 # predicted class; the points of all prototypes sum to its score.
 
 # %%
-j, found = protopnet.most_activated(network, images, images.test.pixels[image])
+j, found = protopnet.most_activated(network, images, images.test.pixels[image], box=box)
 truth = images.classes[labels["test"][image]].replace("_", " ")
 figures.most_activated(images.test.rgb(image), images.classes[j], found, f"{dataset}, test image {image} ({truth})")
 

@@ -325,3 +325,19 @@ def test_a_trained_network_comes_back_and_explains(digits, tmp_path):
     assert j == int(y.argmax())
     assert sum(a.points for a in found) == pytest.approx(y[j].item(), rel=1e-4), "all points sum to the score"
     assert [a.similarity for a in found] == sorted((a.similarity for a in found), reverse=True)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_boxes_are_the_patches(tmp_path, size):
+    """On a 3 x 3 grid of 96 pixels a position is a square of 32."""
+    digits = load("mnist-mini", image_size=96, images_per_class=4)
+    network, _ = fit(digits, tmp_path / "c", replace(QUICK, size=size, frozen_features="once"))
+    for k in range(len(network.labels)):
+        i, source, box = protopnet.prototype_source(network, digits, k)
+        row, column = divmod(int(network.position[k]), 4 - size)
+        assert box == (32 * row, 32 * (row + size), 32 * column, 32 * (column + size))
+        assert i == network.image[k] and source.shape == (96, 96, 3)
+        shown = protopnet.faded(source, box)
+        assert (shown[box[0] : box[1], box[2] : box[3]] == source[box[0] : box[1], box[2] : box[3]]).all()
+    with pytest.raises(ValueError, match="box must be one of patch, activation"):
+        protopnet.most_activated(network, digits, digits.test.pixels[0], box="cell")
