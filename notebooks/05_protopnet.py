@@ -184,8 +184,8 @@ pd.DataFrame(cosines, columns=["model", "measure", "split", "cosine"]).set_index
 # %% [markdown]
 # ## The prototypes, seen
 #
-# The training image of each prototype, faded outside its patch; the network sees the patch's surroundings too. Prototypes
-# of one class may have been pushed to the same patch; the number of distinct ones tells.
+# The training image of each prototype, faded outside its patch; the network sees the patch's surroundings too.
+# Prototypes of one class may have been pushed to the same patch; the number of distinct ones tells.
 
 # %%
 some = [k for k in range(len(p_labels)) if p_labels[k] < 10]
