@@ -56,9 +56,7 @@ separation: float = -0.08  # weight in the loss
 l1: float = 1e-4  # weight in the loss
 epsilon: float = 1e-4  # of the similarity
 wrong_class: float = -0.5  # initial last-layer weight of a prototype for other classes
-frozen_features: str = (
-    ""  # anew (authors) or once, where a phase does not train the features; empty: the data set's own
-)
+frozen_features: str = ""  # where a phase does not train them: anew (authors) or once; empty: the data set's own
 affine: bool = (
     False  # rotate by up to 15 degrees or shear by up to 10 (authors, on CUB-200: 30 such copies of an image)
 )
