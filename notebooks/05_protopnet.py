@@ -57,9 +57,7 @@ l1: float = 1e-4  # weight in the loss
 epsilon: float = 1e-4  # of the similarity
 wrong_class: float = -0.5  # initial last-layer weight of a prototype for other classes
 frozen_features: str = ""  # where a phase does not train them: anew (authors) or once; empty: the data set's own
-affine: bool = (
-    False  # rotate by up to 15 degrees or shear by up to 10 (authors, on CUB-200: 30 such copies of an image)
-)
+affine: bool = False  # rotate by up to 15 degrees or shear by up to 10 (authors, CUB-200: 30 such copies of each)
 embedding: str = "image"  # Table 1's cosines: with the mean over an image's patches (image) or with each patch (patch)
 image: int = 7  # index in the test split of the image explained
 box: str = "patch"  # what figures box: the patch itself, or activation: the highest 5 % of the map, as the authors
