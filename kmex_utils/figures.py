@@ -172,6 +172,8 @@ def protopnet_curve(history: Sequence[dict]) -> Figure:
         side.set_ylabel(name)
         side.xaxis.get_major_locator().set_params(integer=True)
     axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_locator(plt.LogLocator(subs=(1, 3)))
+    axes[1].yaxis.set_major_formatter("{x:g}")
     axes[1].yaxis.set_minor_formatter(plt.NullFormatter())
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     plt.close(figure)  # shown once, by the caller

@@ -214,6 +214,7 @@ trained_as |= {"machine": hardware.machine(), "peak_memory_gib": memory}
 protopnet.save(run, network, options, per_class, trained_as)
 run.save_embeddings("ProtoPNet-embeddings", **{split: (z[split], labels[split]) for split in z})
 run.save_prototypes("ProtoPNet-KMEx", centroids, {"per_class": per_class, "restarts": restarts, "seed": seed})
-run.save_results("protopnet", results + cosines, **asdict(options), features_from=features_from, embedding=embedding)
+chosen = {"features_from": features_from, "per_class": per_class, "embedding": embedding, "restarts": restarts}
+run.save_results("protopnet", results + cosines, **asdict(options), **chosen)
 checkpoint.unlink(missing_ok=True)
 print(", ".join(f"{phase} {spent:.1f} s" for phase, spent in seconds.items()), f"; at most {memory:.1f} GiB")
