@@ -22,6 +22,7 @@ from torch import nn
 from kmex_utils import protopnet
 from kmex_utils.backbones import Backbone, resnet
 from kmex_utils.datasets import load
+from kmex_utils.explainers import ProtoPNet
 from kmex_utils.protopnet import Network, Options, activated_box, costs, push, total, train
 from kmex_utils.runs import Run
 
@@ -263,6 +264,15 @@ def test_push_is_the_nearest_patch_of_the_class():
         network.prototypes.data.copy_(before[:, :, None, None])
         push(network, latent.split(batch), labels)
         assert list(zip(network.image.tolist(), network.position.tolist(), strict=True)) == expected
+
+
+def test_push_never_holds_more_than_a_batch_of_one_class(monkeypatch):
+    """In memory at once: distances of a batch's patches to the prototypes of a class, however many images there are."""
+    network = Network(Backbone([nn.Identity()], nn.Linear(5, 3, bias=False)), 3, 4, Options(depth=5))
+    sizes, real = [], ProtoPNet.squared_distances
+    monkeypatch.setattr(ProtoPNet, "squared_distances", lambda self, h: sizes.append(real(self, h)) or sizes[-1])
+    push(network, (torch.rand(10, 5, 3, 2) for _ in range(40)), torch.arange(400) % 3)
+    assert max(d.numel() for d in sizes) <= 10 * 6 * 4
 
 
 def test_affine_keeps_images_in_place():
