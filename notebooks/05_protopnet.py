@@ -103,6 +103,11 @@ print(f"K/C = {per_class}; other than the authors' defaults: {deviations or 'not
 # backbone instead, a deviation: they know the data set already.
 
 # %%
+from kmex_utils.kmeans import DenseRows, check_enough, classwise
+
+labels = {split: images.split(split).labels for split in ("train", "test")}
+members = [(labels["train"] == c).nonzero().flatten() for c in range(len(images.classes))]
+check_enough(members, images.classes, per_class, lambda index: index)  # for KMEx on the embedding, before training
 features_from = features_from or ("imagenet" if trained["weights"] == "imagenet" else "backbone")
 network = protopnet.start(run, features_from, per_class, options, seed)
 grid = network.to(device).eval().features(images.normalise(images.train.pixels[:1], device)).shape[2:]
@@ -138,10 +143,8 @@ figures.protopnet_curve(history)
 import pandas as pd
 
 from kmex_utils.explainers import KMEx
-from kmex_utils.kmeans import DenseRows, classwise
 from kmex_utils.measures import accuracy, cosine_alignment
 
-labels = {split: images.split(split).labels for split in ("train", "test")}
 predicted, h = {}, {}
 for split in labels:
     predicted[split], h[split] = protopnet.evaluate(network, images, split, device)

@@ -121,7 +121,9 @@ def test_kill_and_resume(tmp_path):
 
 @pytest.mark.batch
 def test_a_failing_notebook_is_named_with_its_cell(tmp_path):
-    done = batch(tmp_path, configuration(tmp_path, {**TINY, "prototypes_per_class": 400}), "--cores", "2")
+    done = batch(
+        tmp_path, configuration(tmp_path, {**TINY, "prototypes_per_class": 400}), "--cores", "2", "--keep-going"
+    )
     assert done.returncode != 0
     partial = tmp_path / "runs" / "mnist-mini" / "seed-0" / "notebooks" / "04_encoder.ipynb"
     assert re.search(rf"FAILED {partial}, cell \[\d+\]: ValueError: class '0' has \d+ training rows", done.stdout)

@@ -158,6 +158,7 @@ def test_own_images_through_the_same_notebooks(folder, tmp_path):
         ("03_kmex", {"seed": 77}, "run notebook 01_train with dataset=mnist-mini and seed=77"),
         ("03_kmex", {"seed": 3, "prototypes_per_class": [21]}, "fewer than K/C = 21"),
         ("05_protopnet", {"seed": 3, "prototype_size": 2}, "does not fit the 1 x 1 grid of 32-pixel images"),
+        ("05_protopnet", {"seed": 3, "prototypes_per_class": 21}, "fewer than K/C = 21"),
         ("05_protopnet", {"seed": 3, "box": "cell"}, "box must be one of patch, activation"),
         ("05_protopnet", {"seed": 78}, "run notebook 01_train with dataset=mnist-mini and seed=78"),
         ("09_interpretation", {"seed": 3, "image": 10**6}, "image must be an index of the"),
