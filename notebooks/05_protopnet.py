@@ -164,7 +164,7 @@ table.pivot(index="model", columns="split", values="%")[["train", "test"]].round
 # ## Alignment
 #
 # Cosines for Table 1, in ProtoPNet's own latent space. A sigmoid's outputs are all positive, so no cosine here can be
-# negative: high values, in and out of class, say little about the prototypes.
+# negative: a high value by itself says little about a prototype; its distance to the *out* value says more.
 
 # %%
 network.cpu()

@@ -92,7 +92,7 @@ Markdown(path.with_suffix(".md").read_text())
 # %% [markdown]
 # What to look for: the columns $c_j$ of the CNN reach cosines of about one half with their own class and about zero
 # with the others, so they span nearly orthogonal half-spaces; the centroids of KMEx point into the data. ProtoPNet's
-# cosines are high in and out of class: its latent space is a positive cube, where no two directions are far apart.
+# latent space is a positive cube, so its cosines cannot be negative; the paper's are near one in and out of class.
 
 # %%
 import matplotlib.pyplot as plt
