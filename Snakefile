@@ -15,7 +15,8 @@ SEEDS = config["seeds"]
 RUN = f"{RUNS}/{{dataset}}/seed-{{seed}}"  # one training
 DATA = f"{RUNS}/{{dataset}}"  # what is drawn from all of a data set's trainings
 TABLES = f"{FIGURES}/{{dataset}}"
-PER_SEED = ["01_train", "02_cnn_as_sem", "03_kmex", "04_encoder"]
+PER_SEED = ["01_train", "02_cnn_as_sem", "03_kmex", "04_encoder", "05_protopnet"]
+STAGES = ["train", "sem", "kmex", "encoder", "protopnet"]
 PER_DATASET = ["06_alignment", "07_accuracy", "08_umap", "09_interpretation"]
 TAKES = {  # parameters a data set's entry in the configuration may set, beside those the rules give
     "01_train": ["folder", "classes", "crop", "images_per_class", "image_size", "arch", "weights", "epochs",
@@ -24,6 +25,11 @@ TAKES = {  # parameters a data set's entry in the configuration may set, beside 
     "03_kmex": ["restarts"],
     "04_encoder": ["start_blocks", "prototypes_per_class", "norm", "scale", "align_corners", "restarts",
                    "activations_in", "device"],
+    "05_protopnet": ["features_from", "prototypes_per_class", "prototype_depth", "prototype_size", "warm_epochs",
+                     "joint_epochs", "push_start", "push_every", "last_passes", "batch_size", "features_rate",
+                     "add_on_rate", "prototypes_rate", "last_rate", "weight_decay", "rate_step", "rate_factor",
+                     "cross_entropy", "cluster", "separation", "l1", "epsilon", "wrong_class", "frozen_features",
+                     "affine", "embedding", "restarts", "precision", "device"],
     "06_alignment": [],
     "07_accuracy": [],
     "08_umap": ["group"],
@@ -150,10 +156,29 @@ rule encoder:
         papermill("04_encoder")
 
 
-rule alignment:
-    """05: Table 1."""
+rule protopnet:
+    """05: the baseline, trained."""
     input:
-        expand(f"{RUN}/results-kmex.json", seed=SEEDS, allow_missing=True),
+        f"{RUN}/backbone.safetensors",
+        f"{RUN}/results-train.json",
+        code=code("05_protopnet", "protopnet", "explainers", "kmeans", "measures", "datasets", "hardware"),
+    output:
+        f"{RUN}/results-protopnet.json",
+    params:
+        given=given("05_protopnet", seed=seed, threads=config["threads"]),
+    log:
+        f"{RUN}/notebooks/05_protopnet.ipynb",
+    threads: config["threads"]
+    message:
+        "ProtoPNet: {wildcards.dataset}, seed {wildcards.seed}"
+    shell:
+        papermill("05_protopnet")
+
+
+rule alignment:
+    """06: Table 1."""
+    input:
+        expand(f"{RUN}/results-{{stage}}.json", seed=SEEDS, stage=["kmex", "protopnet"], allow_missing=True),
         code=code("06_alignment", "measures", "tables"),
     output:
         f"{TABLES}/table1.csv",
@@ -170,9 +195,9 @@ rule alignment:
 
 
 rule accuracy:
-    """06: Table 2."""
+    """07: Table 2."""
     input:
-        expand(f"{RUN}/results-{{stage}}.json", seed=SEEDS, stage=["train", "sem", "kmex", "encoder"], allow_missing=True),
+        expand(f"{RUN}/results-{{stage}}.json", seed=SEEDS, stage=STAGES, allow_missing=True),
         code=code("07_accuracy", "tables"),
     output:
         f"{TABLES}/table2.csv",
@@ -189,7 +214,7 @@ rule accuracy:
 
 
 rule umap:
-    """07: Figure 2, of the first seed."""
+    """08: Figure 2, of the first seed."""
     input:
         expand(f"{RUN}/results-kmex.json", seed=SEEDS[0], allow_missing=True),
         code=code("08_umap", "figures"),
@@ -209,7 +234,7 @@ rule umap:
 
 
 rule interpretation:
-    """08: Figure 1, of the first seed."""
+    """09: Figure 1, of the first seed."""
     input:
         expand(f"{RUN}/results-encoder.json", seed=SEEDS[0], allow_missing=True),
         code=code("09_interpretation", "interpretation", "attribution", "figures"),

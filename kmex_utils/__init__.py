@@ -13,7 +13,8 @@ A module, a notebook and a section of the paper share a word:
 ``activations``    block outputs x(b) and embeddings z of a data set
 ``composite``      q(b:) (eq. 7, 8), materialised and as an operator
 ``kmeans``         class-wise k-means on either
-``explainers``     h, sim, proj (eq. 3): CNN, KMEx, B4 ... B1234
+``explainers``     h, sim, proj (eq. 3): CNN, KMEx, B4 ... B1234, ProtoPNet
+``protopnet``      the baseline: its network, losses, schedule and push
 ``attribution``    eq. 11 and its segment-wise averages
 ``measures``       accuracy and cosine alignment (Tables 1 and 2)
 ``tables``         the published numbers beside ours

@@ -122,14 +122,22 @@ class Dataset:
 
         The order and the augmentation depend on (seed, epoch) alone, so a resumed run sees the same batches.
         """
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.train), generator=generator)
-        for index in order.split(batch_size):
-            if len(index) < batch_size:
-                return
+        generator = epoch_generator(seed, epoch)
+        for index in shuffled(len(self.train), batch_size, generator):
             pixels = torch.from_numpy(np.ascontiguousarray(self.train.pixels[index.numpy()])).to(device)
             pixels = augment(pixels, self.recipe.flip, self.recipe.padding, generator)
             yield self._normalised(pixels), self.train.labels[index].to(device)
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The source of an epoch's order and augmentation."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+
+def shuffled(count: int, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Indices 0 … count - 1 in random order, in batches; a last incomplete one is dropped."""
+    batches = torch.randperm(count, generator=generator).split(batch_size)
+    return [index for index in batches if len(index) == batch_size]
 
 
 def augment(x: torch.Tensor, flip: float, padding: int, generator: torch.Generator) -> torch.Tensor:

@@ -8,11 +8,12 @@ instance                    h                          sim                    pr
 :class:`CNNAsSEM`           x(B), every position       dot product            average over positions
 :class:`KMEx`               z = avg.pool(x(B))         exp(-||z - p||)        one-hot of the class of the argmax
 :class:`EncoderKMeans`      q(b:), every position      one-hot of the argmin  counts in windows of K/C
+:class:`ProtoPNet`          add-on(x(B)), every patch  log((d²+1)/(d²+ε))     maximum over patches, then linear
 ==========================  =========================  =====================  ================================
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -141,6 +142,55 @@ def _closest(chunk: Chunk, parts: Sequence[tuple[Any, torch.Tensor]], group: int
         best = value if best is None else torch.maximum(value, best)
         start += len(closeness)
     return index
+
+
+class ProtoPNet(Explainer):
+    """The baseline, learned instead of computed after training (Chen et al. 2019); see :mod:`kmex_utils.protopnet`.
+
+    Parameters
+    ----------
+    add_on
+        Maps x(B) to the latent grid, [N, D', H, W].
+    vectors
+        Prototypes p_k, each a patch of s x s positions, [K, D', s, s].
+    last
+        Weights of proj's linear layer, [C, K].
+    epsilon
+        ε of the similarity.
+    """
+
+    def __init__(
+        self, add_on: Callable[[torch.Tensor], torch.Tensor], vectors: torch.Tensor, last: torch.Tensor, epsilon: float
+    ) -> None:
+        self.add_on = add_on
+        self.vectors = vectors
+        self.last = last
+        self.epsilon = epsilon
+
+    def h(self, activations: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Patches of the latent grid, row-major, [N, R, D' s s] with R = (H - s + 1) (W - s + 1)."""
+        return self.patches(self.add_on(activations[-1]))
+
+    def patches(self, latent: torch.Tensor) -> torch.Tensor:
+        """Every s x s patch of a latent grid [N, D', H, W] as a row, [N, R, D' s s]."""
+        return F.unfold(latent, self.vectors.shape[2:]).transpose(1, 2)
+
+    def squared_distances(self, h: torch.Tensor) -> torch.Tensor:
+        """d² = ||h_r||² - 2 h_r · p_k + ||p_k||², not below zero, [N, R, K]."""
+        p = self.vectors.flatten(1)
+        return F.relu(h.square().sum(2, keepdim=True) - 2 * (h @ p.T) + p.square().sum(1))
+
+    def log_similarity(self, squared: torch.Tensor) -> torch.Tensor:
+        """log((d² + 1) / (d² + ε)), elementwise."""
+        return torch.log((squared + 1) / (squared + self.epsilon))
+
+    def sim(self, h: torch.Tensor) -> torch.Tensor:
+        """Similarity of every patch to every prototype, [N, R, K]."""
+        return self.log_similarity(self.squared_distances(h))
+
+    def proj(self, similarity: torch.Tensor) -> torch.Tensor:
+        """The maximum over patches, weighted per class, [N, C]."""
+        return similarity.amax(1) @ self.last.T
 
 
 def block_name(start_block: int, blocks: int = 4) -> str:

@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from .interpretation import Interpretation
+from .protopnet import Activated
 from .store import replacing
 
 STYLE = Path(__file__).with_name("kmex.mplstyle")
@@ -150,6 +151,77 @@ def training_curve(history: Sequence[dict[str, float]]) -> Figure:
         side.xaxis.get_major_locator().set_params(integer=True)
     plt.close(figure)  # shown once, by the caller
     return figure
+
+
+def protopnet_curve(history: Sequence[dict]) -> Figure:
+    """ProtoPNet's loss terms and running training accuracy by step of its schedule; lines mark each push."""
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.5))
+    colours = palette(3)
+    steps = [(i, record) for i, record in enumerate(history) if record["phase"] != "push"]
+    for colour, phase in zip(colours, ("warm", "joint", "last"), strict=True):
+        of_phase = [(i, record) for i, record in steps if record["phase"] == phase]
+        look = {"color": colour, "marker": "o", "markersize": 3, "linestyle": "", "label": phase}
+        for side, name in zip(axes, ("cross_entropy", "cluster", "accuracy"), strict=True):
+            side.plot([i for i, _ in of_phase], [record[name] for _, record in of_phase], **look)
+    names = ("cross-entropy", "cluster cost", "running accuracy (%)")
+    for side, name in zip(axes, names, strict=True):
+        for i, record in enumerate(history):
+            if record["phase"] == "push":
+                side.axvline(i, color="0.6", linewidth=0.9, zorder=0)
+        side.set_xlabel("step (grey line: push)")
+        side.set_ylabel(name)
+        side.xaxis.get_major_locator().set_params(integer=True)
+    axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_locator(plt.LogLocator(subs=(1, 3)))
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter(plt.NullFormatter())
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    plt.close(figure)  # shown once, by the caller
+    return figure
+
+
+def most_activated(image: np.ndarray, class_name: str, found: Sequence[Activated], title: str = "") -> Figure:
+    """*This looks like that*: an image's most activated prototypes, one row each, and the points they add to a class.
+
+    From left to right: the image, boxed where it is most similar; the activation map over it, on one scale for all
+    rows; the training image the prototype came from, with its own box.
+
+    Parameters
+    ----------
+    image
+        uint8 [S, S, 3].
+    class_name
+        The class the points go to.
+    """
+    figure, axes = plt.subplots(len(found), 4, figsize=(6.2, 1.4 * len(found) + 0.4), squeeze=False)
+    high = max(float(a.activation.max()) for a in found)
+    colour = palette(2)[1]
+    for row, a in zip(axes, found, strict=True):
+        row[0].imshow(image)
+        _box(row[0], a.box, colour)
+        row[1].imshow(image)
+        shown = row[1].imshow(a.activation, cmap="viridis", vmin=0, vmax=high, alpha=0.75)
+        row[2].imshow(a.source)
+        _box(row[2], a.source_box, colour)
+        lines = [f"p{a.prototype}, class {_short(a.class_name)}", f"similarity {a.similarity:.2f}"]
+        lines += [f"× weight {a.weight:.2f}", f"= {a.points:+.2f} for {_short(class_name)}"]
+        row[3].text(0, 0.5, "\n".join(lines), va="center", fontsize=8, transform=row[3].transAxes)
+    for side, name in zip(axes[0, :3], ("this …", "activation map", "… looks like that"), strict=True):
+        side.set_title(name)
+    for side in axes.flat:
+        side.set_axis_off()
+    figure.get_layout_engine().set(wspace=0.04)
+    figure.colorbar(shown, ax=axes[:, 0], location="left", shrink=min(1.0, 2.2 / len(found)), label="similarity")
+    if title:
+        figure.suptitle(title)
+    plt.close(figure)  # shown once, by the caller
+    return figure
+
+
+def _box(side, box: tuple[int, int, int, int], colour) -> None:
+    top, bottom, left, right = box
+    corner, size = (left - 0.5, top - 0.5), (right - left, bottom - top)
+    side.add_patch(plt.Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=2, clip_on=False))
 
 
 def image_grid(images: Sequence[np.ndarray], titles: Sequence[str], columns: int = 10) -> Figure:

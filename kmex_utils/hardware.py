@@ -1,6 +1,7 @@
 """Device, precision and seeds, chosen once and recorded."""
 
 import os
+import sys
 
 import torch
 
@@ -71,6 +72,18 @@ def set_threads(count: int) -> int:
     if count:
         torch.set_num_threads(count)
     return torch.get_num_threads()
+
+
+def peak_memory() -> float:
+    """The most memory this process has held so far, in GiB: of the GPU where there is one, else of the machine."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def machine() -> str:

@@ -102,18 +102,33 @@ class Run:
 
     # embeddings
 
-    def save_embeddings(self, **splits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def save_embeddings(self, name: str = "embeddings", **splits: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Embeddings [N, D] and labels [N] by split name."""
         tensors = {}
         for split, (z, labels) in splits.items():
             tensors[f"z_{split}"], tensors[f"labels_{split}"] = z, labels
-        save_tensors(self.folder / "embeddings.safetensors", tensors, {"backbone": self.settings()["backbone"]})
+        self.save_part(name, tensors, {})
 
-    def embeddings(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings z [N, D] and labels [N] of ``train`` or ``test``."""
-        tensors, settings = load_tensors(self._existing("embeddings.safetensors", "01_train"))
-        self._check_origin("embeddings.safetensors", settings, "01_train")
+    def embeddings(
+        self, split: str, name: str = "embeddings", notebook: str = "01_train"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [N, D] and labels [N] of ``train`` or ``test``: z, or others saved by ``notebook``."""
+        tensors, _ = self.part(name, notebook)
         return tensors[f"z_{split}"], tensors[f"labels_{split}"]
+
+    # any tensors
+
+    def save_part(self, name: str, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
+        """Tensors made from the backbone, with their settings."""
+        save_tensors(
+            self.folder / f"{name}.safetensors", tensors, {**settings, "backbone": self.settings()["backbone"]}
+        )
+
+    def part(self, name: str, notebook: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and settings of :meth:`save_part`, saved by ``notebook``."""
+        tensors, settings = load_tensors(self._existing(f"{name}.safetensors", notebook))
+        self._check_origin(f"{name}.safetensors", settings, notebook)
+        return tensors, settings
 
     # prototypes
 

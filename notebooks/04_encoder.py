@@ -128,7 +128,7 @@ table.pivot(index="model", columns=["metric", "split"], values="%").reindex(["CN
 # %% [markdown]
 # ## A first look at the maps
 #
-# The same test images by each explainer; a colour is a class here, for an overview. Notebook 8 shows single prototypes.
+# The same test images by each explainer; a colour is a class here, for an overview. Notebook 9 shows single prototypes.
 
 # %%
 import matplotlib.pyplot as plt

@@ -51,7 +51,8 @@ print(f"seeds {seeds}")
 #
 # The paper does not say which pairs enter: all prototypes of a class with each embedding (our default, `cos_class` and
 # `cos_out`), or each embedding with the class's nearest prototype (`…_nearest`). Both are computed, on the training
-# embeddings.
+# embeddings. ProtoPNet's lie in its own latent space; notebook 5 measured them there, with the mean patch of each image
+# and (`…_patch`) with every patch.
 
 # %%
 import torch
@@ -73,6 +74,7 @@ for run in all_runs:
                 records.append(
                     dict(dataset=dataset, model=model, metric=name + suffix, split="train", seed=run.seed, value=value)
                 )
+    records += [r for r in run.results("protopnet", "05_protopnet") if r["metric"].startswith("cos")]
 
 # %% [markdown]
 # ## Table 1
@@ -89,7 +91,8 @@ Markdown(path.with_suffix(".md").read_text())
 
 # %% [markdown]
 # What to look for: the columns $c_j$ of the CNN reach cosines of about one half with their own class and about zero
-# with the others, so they span nearly orthogonal half-spaces; the centroids of KMEx point into the data.
+# with the others, so they span nearly orthogonal half-spaces; the centroids of KMEx point into the data. ProtoPNet's
+# latent space is a positive cube, so its cosines cannot be negative; the paper's are near one in and out of class.
 
 # %%
 import matplotlib.pyplot as plt

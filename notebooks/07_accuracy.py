@@ -36,16 +36,18 @@ from kmex_utils.runs import Run, trained_seeds
 
 seeds = seeds or trained_seeds(runs, dataset)
 all_runs = [Run.of(runs, dataset, seed) for seed in seeds]
+stages = {"train": "01_train", "kmex": "03_kmex", "protopnet": "05_protopnet", "encoder": "04_encoder"}
 records = []
 for run in all_runs:
-    for stage, notebook in (("train", "01_train"), ("kmex", "03_kmex"), ("encoder", "04_encoder")):
-        records += run.results(stage, notebook)
+    for stage, notebook in stages.items():
+        records += [r for r in run.results(stage, notebook) if r["metric"].startswith("accuracy")]
 print(f"seeds {seeds}, {len(records)} results")
 
 # %% [markdown]
 # ## Table 2
 #
-# `accuracy_most_frequent` is the other reading of eq. 10 (the class of the most frequent prototype).
+# `accuracy_most_frequent` is the other reading of eq. 10 (the class of the most frequent prototype). *ProtoPNet + KMEx*
+# puts KMEx, with the data set's own $K/C$, on ProtoPNet's embedding.
 
 # %%
 from IPython.display import Markdown

@@ -25,6 +25,7 @@
 dataset: str = "mnist-mini"  # as in 01_train
 seed: int = 0  # of the training to show, and of UMAP
 group: str = ""  # comma-separated names or patterns of the classes to show, e.g. *Sparrow; empty: all
+model: str = "CNN"  # CNN: the paper's figure; ProtoPNet: its learned prototypes left, KMEx on its embedding right
 prototypes_per_class: int = 0  # K/C of the KMEx shown; 0: the data set's own
 images_per_class: int = 100  # at most so many of each class and split are projected; 0: all
 neighbours: int = 15  # UMAP's n_neighbors
@@ -42,9 +43,17 @@ from kmex_utils.runs import Run
 
 run = Run.of(runs, dataset, seed)
 trained = run.settings()
+if model not in ("CNN", "ProtoPNet"):
+    raise ValueError(f"model must be CNN or ProtoPNet, got {model!r}")
 k = prototypes_per_class or run.recipe().prototypes_per_class
-kmex, _ = run.prototypes(f"KMEx-{k}", "03_kmex")
-c = run.c()
+if model == "CNN":
+    kmex, _ = run.prototypes(f"KMEx-{k}", "03_kmex")
+    source = "embeddings", "01_train"
+else:
+    kmex, made_by = run.prototypes("ProtoPNet-KMEx", "05_protopnet")
+    k = made_by["per_class"]
+    source = "ProtoPNet-embeddings", "05_protopnet"
+z, labels = run.embeddings("train", *source)
 
 # %% [markdown]
 # ## The class group
@@ -64,8 +73,8 @@ def of_group(vectors, labels, limit=0):
     return vectors[torch.cat(rows)].numpy(), torch.cat([torch.full((len(r),), i) for i, r in enumerate(rows)]).numpy()
 
 
-train = of_group(*run.embeddings("train"), images_per_class)
-test = of_group(*run.embeddings("test"), images_per_class)
+train = of_group(z, labels, images_per_class)
+test = of_group(*run.embeddings("test", *source), images_per_class)
 print(f"{len(names)} classes, {len(train[0]):,} training and {len(test[0]):,} test embeddings")
 
 # %% [markdown]
@@ -74,15 +83,16 @@ print(f"{len(names)} classes, {len(train[0]):,} training and {len(test[0]):,} te
 # $c_j$ is rescaled to the mean length of its class's embeddings, so that direction alone is compared.
 
 # %%
-z, labels = run.embeddings("train")
-length = torch.stack([z[labels == j].norm(dim=1).mean() for j in range(len(c))])
-rescaled = c / c.norm(dim=1, keepdim=True) * length[:, None]
-index = torch.arange(len(c))
-prototypes = {
-    "c_j": of_group(c, index),
-    "c_j rescaled": of_group(rescaled, index),
-    f"KMEx (K/C={k})": of_group(kmex.vectors, kmex.labels),
-}
+if model == "CNN":
+    c = run.c()
+    length = torch.stack([z[labels == j].norm(dim=1).mean() for j in range(len(c))])
+    rescaled = c / c.norm(dim=1, keepdim=True) * length[:, None]
+    index = torch.arange(len(c))
+    prototypes = {"c_j": of_group(c, index), "c_j rescaled": of_group(rescaled, index)}
+else:
+    learned, _ = run.part("ProtoPNet", "05_protopnet")
+    prototypes = {"ProtoPNet": of_group(learned["prototypes"].flatten(1), learned["labels"])}
+prototypes[f"KMEx (K/C={k})"] = of_group(kmex.vectors, kmex.labels)
 
 # %% [markdown]
 # ## Projection
@@ -107,7 +117,8 @@ figure = figures.figure2(
     left={name: placed[name] for name in left},
     right={right: placed[right]},
 )
-figures.save(figure, paths.resolve(figures_folder) / dataset / "figure2")
+stem = "figure2" if model == "CNN" else "figure2-protopnet"
+figures.save(figure, paths.resolve(figures_folder) / dataset / stem)
 figure
 
 # %% [markdown]
@@ -134,6 +145,6 @@ for name, (vectors, classes) in prototypes.items():
     rows.append((name, 100 * (found == classes[:, None]).mean(), np.median(distance), distance.max()))
 columns = ["prototypes", "own class among 10 nearest (%)", "distance to class mean, median (radii)", "maximum (radii)"]
 numbers = pd.DataFrame(rows, columns=columns)
-with replacing(paths.resolve(figures_folder) / dataset / "figure2.csv") as temporary:
+with replacing(paths.resolve(figures_folder) / dataset / f"{stem}.csv") as temporary:
     numbers.to_csv(temporary, index=False, float_format="%.4g")
 numbers.set_index("prototypes").round(2)

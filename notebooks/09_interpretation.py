@@ -31,6 +31,7 @@ seed: int = 0  # of the training to explain
 image: int = 7  # index in the test split
 target: str = ""  # class to attribute to; empty: the backbone's prediction
 start_blocks: list[int] = [4, 2]  # explainers drawn from left to right: 4 is B4, 2 is B234
+baseline: bool = False  # also draw the prototypes of ProtoPNet (05_protopnet) that the image activates most
 attribution_start: str = "segments"  # att(4:) averaged over B4's segments, or raw: eq. 11 as it is
 runs: str = "runs"  # where the earlier notebooks left their results
 figures_folder: str = "figures"  # the figure goes to <figures_folder>/<dataset>/
@@ -94,3 +95,18 @@ for result in found:
             (result.name, patch.prototype, patch.class_name, 100 * patch.share, result.attribution[segment].mean())
         )
 pd.DataFrame(rows, columns=["explainer", "prototype", "class", "share (%)", "attribution"]).round(2)
+
+# %% [markdown]
+# ## The baseline's explanation
+#
+# Asked for with `baseline`: the learned prototypes that the image activates most, beside the patches above.
+
+# %%
+from kmex_utils import protopnet
+
+if baseline:
+    j, activated = protopnet.most_activated(protopnet.load(run), images, images.test.pixels[image], target=j)
+    title = f"ProtoPNet: {dataset}, test image {image} ({truth})"
+    figure = figures.most_activated(images.test.rgb(image), images.classes[j], activated, title)
+    figures.save(figure, paths.resolve(figures_folder) / dataset / "figure1-protopnet")
+figure if baseline else None

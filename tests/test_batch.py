@@ -24,6 +24,8 @@ TINY = {
     "batch_size": 20,
     "precision": "float32",
     "prototypes_per_class": 5,
+    "joint_epochs": 1,
+    "last_passes": 2,
     "restarts": 2,
     "group": "0,1,2",
     "image": 1,
@@ -47,7 +49,7 @@ def configuration(folder, parameters=TINY, name="mnist-mini", seeds=(0,)):
 def test_the_workflow_gives_only_parameters_the_notebooks_take(name, tmp_path):
     text = batch(tmp_path, paths.ROOT / "config" / f"{name}.yaml", "--dry-run", "--printshellcmds").stdout
     commands = re.findall(r"papermill .*/notebooks/(\S+)\.ipynb \S+ -y (.+)", text)
-    assert len({notebook for notebook, _ in commands}) == 8
+    assert len({notebook for notebook, _ in commands}) == 9
     for notebook, given in commands:
         takes = papermill.inspect_notebook(str(paths.NOTEBOOKS / f"{notebook}.ipynb"))
         (parameters,) = [json.loads(part) for part in shlex.split(given)]
@@ -114,12 +116,14 @@ def test_kill_and_resume(tmp_path):
     executed = json.loads((results / "notebooks" / "01_train.ipynb").read_text())
     assert "resuming after epoch" in json.dumps(executed)
     pages = list((cut / "runs").glob("**/notebooks/*.html"))
-    assert len(pages) == 8
+    assert len(pages) == 9
 
 
 @pytest.mark.batch
 def test_a_failing_notebook_is_named_with_its_cell(tmp_path):
-    done = batch(tmp_path, configuration(tmp_path, {**TINY, "prototypes_per_class": 400}), "--cores", "2")
+    done = batch(
+        tmp_path, configuration(tmp_path, {**TINY, "prototypes_per_class": 400}), "--cores", "2", "--keep-going"
+    )
     assert done.returncode != 0
     partial = tmp_path / "runs" / "mnist-mini" / "seed-0" / "notebooks" / "04_encoder.ipynb"
     assert re.search(rf"FAILED {partial}, cell \[\d+\]: ValueError: class '0' has \d+ training rows", done.stdout)

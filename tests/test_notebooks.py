@@ -15,6 +15,7 @@ ALL = sorted(path.stem for path in paths.NOTEBOOKS.glob("*.py"))
 TINY = {
     "01_train": dict(image_size=32, images_per_class=20, arch="resnet18", epochs=2, batch_size=20, precision="float32"),
     "04_encoder": dict(start_blocks=[4, 3, 2], prototypes_per_class=2, restarts=2),
+    "05_protopnet": dict(prototypes_per_class=2, warm_epochs=2, joint_epochs=1, last_passes=2, batch_size=20, image=3),
     "08_umap": dict(group="0,1,2", images_per_class=15),
     "09_interpretation": dict(image=3),
 }
@@ -26,6 +27,7 @@ def test_the_story_is_complete():
         "02_cnn_as_sem",
         "03_kmex",
         "04_encoder",
+        "05_protopnet",
         "06_alignment",
         "07_accuracy",
         "08_umap",
@@ -64,7 +66,7 @@ def story(tmp_path_factory):
     folder = tmp_path_factory.mktemp("story")
     for name in ALL:
         given = {"dataset": "mnist-mini", "runs": str(folder / "runs"), **TINY.get(name, {})}
-        if name >= "05":
+        if name >= "06":
             given["figures_folder"] = str(folder / "figures")
         if name not in ("06_alignment", "07_accuracy"):
             given["seed"] = 3
@@ -87,6 +89,10 @@ def test_named_results(story):
     encoder = results(story, "encoder")
     assert {model for model, *_ in encoder} == {"B4", "B34", "B234"}
     assert all(0 <= value <= 100 for part in (train, kmex, encoder) for value in part.values())
+    protopnet = results(story, "protopnet")
+    assert {model for model, *_ in protopnet} == {"ProtoPNet", "ProtoPNet + KMEx"}
+    cosines = [value for (_, metric, _), value in protopnet.items() if metric.startswith("cos")]
+    assert len(cosines) == 8 and all(0 < value <= 1 for value in cosines), "sigmoid features are positive"
 
 
 @pytest.mark.notebook
@@ -96,11 +102,13 @@ def test_tables(story):
     for table in (table1, table2):
         assert list(table) == ["dataset", "model", "metric", "split", "mean", "std", "n_seeds", "paper"]
         assert (table.n_seeds == 1).all() and table["std"].isna().all()
-    assert {"CNN", "KMEx (K/C=1)", "KMEx (K/C=5)"} == set(table1.model)
+    assert {"CNN", "KMEx (K/C=1)", "KMEx (K/C=5)", "ProtoPNet"} == set(table1.model)
     cosines = table1.set_index(["model", "metric"])["mean"]
     assert cosines["KMEx (K/C=1)", "cos_class"] > cosines["CNN", "cos_class"]
     assert table1.set_index(["model", "metric"])["paper"]["CNN", "cos_class"] == 0.48
+    assert table1.set_index(["model", "metric"])["paper"]["ProtoPNet", "cos_out"] == 1.0
     expected = {**results(story, "train"), **results(story, "kmex"), **results(story, "encoder")}
+    expected |= {key: value for key, value in results(story, "protopnet").items() if key[1] == "accuracy"}
     means = table2.set_index(["model", "metric", "split"])["mean"].to_dict()
     assert means == pytest.approx(expected, rel=1e-5)
     assert "difference" in (folder / "table2.md").read_text()
@@ -114,6 +122,21 @@ def test_figures(story):
     numbers = pd.read_csv(folder / "figure2.csv").set_index("prototypes")
     assert list(numbers.index) == ["c_j", "c_j rescaled", "KMEx (K/C=5)"]
     assert numbers.iloc[2, 0] > numbers.iloc[0, 0]
+
+
+@pytest.mark.notebook
+def test_figures_of_protopnet(story):
+    """Asked for beside the paper's, which they leave as they are."""
+    folder = story / "figures" / "mnist-mini"
+    before = (folder / "figure2.png").read_bytes()
+    given = {"runs": str(story / "runs"), "figures_folder": str(story / "figures"), "seed": 3}
+    execute("08_umap", story, model="ProtoPNet", **TINY["08_umap"], **given)
+    execute("09_interpretation", story, baseline=True, **TINY["09_interpretation"], **given)
+    for name in ("figure1-protopnet.png", "figure2-protopnet.png"):
+        assert (folder / name).stat().st_size > 5000
+    assert (folder / "figure2.png").read_bytes() == before
+    numbers = pd.read_csv(folder / "figure2-protopnet.csv")
+    assert list(numbers.prototypes) == ["ProtoPNet", "KMEx (K/C=2)"]
 
 
 @pytest.mark.notebook
@@ -134,6 +157,10 @@ def test_own_images_through_the_same_notebooks(folder, tmp_path):
         ("01_train", {"dataset": "cifar"}, "unknown dataset 'cifar'"),
         ("03_kmex", {"seed": 77}, "run notebook 01_train with dataset=mnist-mini and seed=77"),
         ("03_kmex", {"seed": 3, "prototypes_per_class": [21]}, "fewer than K/C = 21"),
+        ("05_protopnet", {"seed": 3, "prototype_size": 2}, "does not fit the 1 x 1 grid of 32-pixel images"),
+        ("05_protopnet", {"seed": 3, "prototypes_per_class": 21}, "fewer than K/C = 21"),
+        ("05_protopnet", {"seed": 3, "box": "cell"}, "box must be one of patch, activation"),
+        ("05_protopnet", {"seed": 78}, "run notebook 01_train with dataset=mnist-mini and seed=78"),
         ("09_interpretation", {"seed": 3, "image": 10**6}, "image must be an index of the"),
     ],
 )

@@ -153,7 +153,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import kmex_utils
 from kmex_utils import (activations, attribution, backbones, composite, datasets, explainers, hardware, interpretation,
-                        kmeans, measures, parameters, paths, runs, store, training)
+                        kmeans, measures, parameters, paths, protopnet, runs, store, training)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,0 +1,223 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 5. ProtoPNet, the baseline
+#
+# *Chen et al. (2019)* learn prototypes together with the network instead of after it. The form is eq. 3 once more:
+#
+# 1. $h = \mathrm{add\text{-}on}(x^{(4)}) \in [0, 1]^{R \times D'}$: 1x1 convolution, ReLU, 1x1 convolution, sigmoid;
+# 2. $\mathrm{sim}(h_r, p_k) = \log\dfrac{d^2 + 1}{d^2 + \varepsilon}$ with $d = \lVert h_r - p_k\rVert$;
+# 3. proj takes the maximum over $r$, then a linear layer in which a prototype starts with weight 1 for its own class
+#    and -0.5 for the others.
+#
+# Training alternates. *Warm-up*: add-on and prototypes. *Joint*: the features too. *Push*: each prototype becomes the
+# nearest training patch of its class. *Last layer*: a convex step with L1 on the weights to other classes. The loss is
+#
+# $$\mathrm{CE} + 0.8\,\underbrace{\frac1N\sum_n \min_{k \in y_n} \min_r d^2}_{\text{cluster}}
+# - 0.08\,\underbrace{\frac1N\sum_n \min_{k \notin y_n} \min_r d^2}_{\text{separation}} + 10^{-4}\,\mathrm{L1}.$$
+
+# %% tags=["parameters"]
+dataset: str = "mnist-mini"  # as in 01_train
+seed: int = 0  # of the training whose data and backbone are used, of initialisation, shuffling and k-means
+features_from: str = ""  # imagenet, as the authors, or backbone: that of 01_train; empty: as 01_train's backbone began
+prototypes_per_class: int = 0  # K/C; 0: the data set's own
+prototype_depth: int = 128  # D', channels of the add-on and of a prototype
+prototype_size: int = 1  # s: a prototype covers s x s positions
+warm_epochs: int = 0  # 0: the data set's own (authors: 5)
+joint_epochs: int = 0  # 0: the data set's own (16; the authors stop by hand)
+push_start: int = 10  # the first epoch, from 0 and warm-up included, that a push may follow; one follows the last too
+push_every: int = 10  # epochs between two pushes
+last_passes: int = 20  # passes of the last layer after each push
+batch_size: int = 0  # 0: the data set's own (authors: 80)
+features_rate: float = 1e-4  # of Adam, joint phase
+add_on_rate: float = 3e-3  # of Adam, warm-up and joint phase
+prototypes_rate: float = 3e-3  # of Adam, warm-up and joint phase
+last_rate: float = 1e-4  # of Adam, last layer
+weight_decay: float = 1e-3  # of features and add-on
+rate_step: int = 5  # joint epochs after which the joint rates fall
+rate_factor: float = 0.1  # what they are multiplied by
+cross_entropy: float = 1.0  # weight in the loss
+cluster: float = 0.8  # weight in the loss
+separation: float = -0.08  # weight in the loss
+l1: float = 1e-4  # weight in the loss
+epsilon: float = 1e-4  # of the similarity
+wrong_class: float = -0.5  # initial last-layer weight of a prototype for other classes
+frozen_features: str = ""  # where a phase does not train them: anew (authors) or once; empty: the data set's own
+affine: bool = False  # rotate by up to 15 degrees or shear by up to 10 (authors, CUB-200: 30 such copies of each)
+embedding: str = "image"  # Table 1's cosines: with the mean over an image's patches (image) or with each patch (patch)
+image: int = 7  # index in the test split of the image explained
+box: str = "patch"  # what figures box: the patch itself, or activation: the highest 5 % of the map, as the authors
+restarts: int = 10  # of k-means for ProtoPNet + KMEx
+precision: str = "auto"  # of the joint phase: float32, bfloat16 (autocast), or auto: bfloat16 where the chip has it
+device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
+threads: int = 0  # CPU threads, part of what fixes the result to the last bit; 0: as the environment says
+runs: str = "runs"  # where 01_train left its results
+
+# %%
+from kmex_utils import parameters
+
+settings = parameters.check(globals())
+
+# %%
+from dataclasses import asdict, replace
+
+from kmex_utils import hardware, protopnet
+from kmex_utils.runs import Run
+
+run = Run.of(runs, dataset, seed)
+trained, images = run.settings(), run.load_dataset()
+if embedding not in ("image", "patch"):
+    raise ValueError(f"embedding must be 'image' or 'patch', got {embedding!r}")
+if box not in protopnet.BOXES:
+    raise ValueError(f"box must be one of {', '.join(protopnet.BOXES)}, got {box!r}")
+if not 0 <= image < len(images.test):
+    raise ValueError(f"image must be an index of the {len(images.test)} test images, got {image}")
+device, threads = hardware.pick_device(device), hardware.set_threads(threads)
+own = ("warm_epochs", "joint_epochs", "batch_size", "frozen_features")  # empty or 0: the data set's own
+chosen = {name: settings[name] for name in asdict(protopnet.Options()) if name in settings}
+chosen = {name: value for name, value in chosen.items() if name not in own or value}
+chosen |= {"depth": prototype_depth, "size": prototype_size}
+options = replace(protopnet.OPTIONS.get(dataset, protopnet.Options()), **chosen)
+per_class = prototypes_per_class or images.recipe.prototypes_per_class
+deviations = {name: value for name, value in asdict(options).items() if value != asdict(protopnet.Options())[name]}
+print(f"K/C = {per_class}; other than the authors' defaults: {deviations or 'nothing'}")
+
+# %% [markdown]
+# ## Network
+#
+# The authors start from ImageNet weights. Where 01_train did not have them, the features start from its trained
+# backbone instead, a deviation: they know the data set already.
+
+# %%
+from kmex_utils.kmeans import DenseRows, check_enough, classwise
+
+labels = {split: images.split(split).labels for split in ("train", "test")}
+members = [(labels["train"] == c).nonzero().flatten() for c in range(len(images.classes))]
+check_enough(members, images.classes, per_class, lambda index: index)  # for KMEx on the embedding, before training
+features_from = features_from or ("imagenet" if trained["weights"] == "imagenet" else "backbone")
+network = protopnet.start(run, features_from, per_class, options, seed)
+grid = network.to(device).eval().features(images.normalise(images.train.pixels[:1], device)).shape[2:]
+print(f"features from {features_from}; {len(network.labels)} prototypes on a grid of {grid[0]} x {grid[1]} positions")
+if grid.numel() == 1:
+    print("With one position a prototype is a whole image, and the maps below are constant: use a larger image_size")
+
+# %% [markdown]
+# ## Training
+#
+# The state is kept on the way: a run that was killed continues from there and ends with the same weights.
+
+# %%
+made_by = {name: trained[name] for name in ("dataset", "data", "arch", "backbone", "seed", "classes")}
+made_by |= {"features_from": features_from, "per_class": per_class, "threads": threads}
+checkpoint = run.folder / "training-protopnet.safetensors"
+history = protopnet.train(
+    network, images, options, seed=seed, checkpoint=checkpoint, made_by=made_by, precision=precision, device=device
+)
+
+# %%
+from kmex_utils import figures
+
+figures.protopnet_curve(history)
+
+# %% [markdown]
+# ## Accuracy
+#
+# Of ProtoPNet, and of KMEx on its embedding (class-wise k-means on the mean patch of each image, *ProtoPNet + KMEx* in
+# the KMEx paper).
+
+# %%
+import pandas as pd
+
+from kmex_utils.explainers import KMEx
+from kmex_utils.measures import accuracy, cosine_alignment
+
+predicted, h = {}, {}
+for split in labels:
+    predicted[split], h[split] = protopnet.evaluate(network, images, split, device)
+z = {split: h[split].mean(1) for split in h}
+centroids = classwise(
+    lambda index: DenseRows(z["train"][index]), labels["train"], images.classes, per_class, seed=seed, restarts=restarts
+)
+kmex = KMEx(centroids, len(images.classes))
+results = [("ProtoPNet", "accuracy", split, accuracy(predicted[split], labels[split])) for split in labels]
+for split in labels:
+    y = kmex.proj(kmex.sim(z[split]))
+    results.append(("ProtoPNet + KMEx", "accuracy", split, accuracy(y.argmax(1), labels[split])))
+table = pd.DataFrame(results, columns=["model", "metric", "split", "%"])
+table.pivot(index="model", columns="split", values="%")[["train", "test"]].round(2)
+
+# %% [markdown]
+# ## Alignment
+#
+# Cosines for Table 1, in ProtoPNet's own latent space. A sigmoid's outputs are all positive, so no cosine here can be
+# negative: a high value by itself says little about a prototype; its distance to the *out* value says more.
+
+# %%
+network.cpu()
+p, p_labels = network.prototypes.detach().flatten(1), network.labels
+spaces = {"image": (z["train"], labels["train"])}
+spaces["patch"] = h["train"].flatten(0, 1), labels["train"].repeat_interleave(h["train"].shape[1])
+cosines = []
+for space, (vectors, truth) in spaces.items():
+    for pairs, suffix in (("all", ""), ("nearest", "_nearest")):
+        values = cosine_alignment(vectors, truth, p, p_labels, pairs)
+        for name, value in zip(("cos_class", "cos_out"), values, strict=True):
+            suffix_of_space = "" if space == embedding else f"_{space}"
+            cosines.append(("ProtoPNet", name + suffix + suffix_of_space, "train", value))
+pd.DataFrame(cosines, columns=["model", "measure", "split", "cosine"]).set_index("measure")[["cosine"]].round(2)
+
+# %% [markdown]
+# ## The prototypes, seen
+#
+# The training image of each prototype, faded outside its patch; the network sees the patch's surroundings too.
+# Prototypes of one class may have been pushed to the same patch; the number of distinct ones tells.
+
+# %%
+some = [k for k in range(len(p_labels)) if p_labels[k] < 10]
+distinct = [r["distinct"] for r in history if r["phase"] == "push"][-1]
+print(f"{distinct} distinct patches for {len(p_labels)} prototypes")
+figures.image_grid(
+    [protopnet.faded(*protopnet.prototype_source(network, images, k, box)[1:]) for k in some],
+    [images.classes[p_labels[k]] for k in some],
+    columns=per_class if per_class > 5 else 2 * per_class,
+)
+
+# %% [markdown]
+# ## This looks like that
+#
+# The prototypes that a test image activates most. Similarity times weight are the points a prototype adds to the
+# predicted class; the points of all prototypes sum to its score.
+
+# %%
+j, found = protopnet.most_activated(network, images, images.test.pixels[image], box=box)
+truth = images.classes[labels["test"][image]].replace("_", " ")
+figures.most_activated(images.test.rgb(image), images.classes[j], found, f"{dataset}, test image {image} ({truth})")
+
+# %%
+seconds = {phase: 0.0 for phase in ("warm", "joint", "push", "last")}
+for record in history:
+    seconds[record["phase"]] += record["seconds"]
+memory = hardware.peak_memory()
+trained_as = {**made_by, "precision": precision, "history": history, "embedding": embedding, "restarts": restarts}
+trained_as |= {"machine": hardware.machine(), "peak_memory_gib": memory}
+protopnet.save(run, network, options, per_class, trained_as)
+run.save_embeddings("ProtoPNet-embeddings", **{split: (z[split], labels[split]) for split in z})
+run.save_prototypes("ProtoPNet-KMEx", centroids, {"per_class": per_class, "restarts": restarts, "seed": seed})
+chosen = {"features_from": features_from, "per_class": per_class, "embedding": embedding, "restarts": restarts}
+run.save_results("protopnet", results + cosines, **asdict(options), **chosen)
+checkpoint.unlink(missing_ok=True)
+print(", ".join(f"{phase} {spent:.1f} s" for phase, spent in seconds.items()), f"; at most {memory:.1f} GiB")

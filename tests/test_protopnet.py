@@ -1,0 +1,353 @@
+"""ProtoPNet against the authors' code, and its training against an uninterrupted run.
+
+``protopnet-authors.safetensors`` holds numbers only. They come from github.com/cfchen-duke/ProtoPNet at commit
+81bf2b70, run on the CPU in float32: for prototypes of 1 x 1 and 2 x 2 positions, 24 random activations ``x``
+[24, 10, 4, 3] of three classes went through their ``PPNet`` (add-on "regular", depth 6, two prototypes a class, the
+features handing x through). Recorded are its initial weights (``start``), distances, similarities and logits; the terms
+that ``_train_or_test`` logs; the weights after five epochs of its warm-up (three batches of 8); what
+``push_prototypes`` chose in batches of 7; the last layer after 20 passes; and ``find_high_activation_crop`` of the maps
+that OpenCV upsampled to 56 pixels.
+"""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from kmex_utils import protopnet
+from kmex_utils.backbones import Backbone, resnet
+from kmex_utils.datasets import load
+from kmex_utils.explainers import ProtoPNet
+from kmex_utils.protopnet import Network, Options, activated_box, costs, push, total, train
+from kmex_utils.runs import Run
+
+AUTHORS = load_file(Path(__file__).with_name("protopnet-authors.safetensors"))
+TERMS = ["cross_entropy", "cluster", "separation"]
+
+
+def theirs(size, prefix=""):
+    start = f"{size}x{size}.{prefix}"
+    return {name.removeprefix(start): value for name, value in AUTHORS.items() if name.startswith(start)}
+
+
+def network_of(size):
+    """Our network with their initial weights, its features handing x through."""
+    backbone = Backbone([nn.Identity()], nn.Linear(10, 3, bias=False))
+    network = Network(backbone, 3, 2, Options(depth=6, size=size))
+    missing = network.load_state_dict(theirs(size, "start."), strict=False).missing_keys
+    assert set(missing) == {"labels", "image", "position"}
+    return network
+
+
+def close(ours, expected, tolerance=1e-5):
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+def epoch(network, optimizer, options):
+    """Their loop: three batches in order; the mean of each term."""
+    x, label = (AUTHORS[f"{options.size}x{options.size}.{name}"] for name in ("x", "label"))
+    means = []
+    for part in torch.arange(24).split(8):
+        smallest = network.smallest(network.add_on(x[part]))
+        y = network.scores(smallest)
+        terms = costs(y, smallest, label[part], network)
+        optimizer.zero_grad()
+        total(terms, options).backward()
+        optimizer.step()
+        means.append([terms[name].item() for name in TERMS])
+    return torch.tensor(means, dtype=torch.float64).mean(0)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_distances_similarities_and_logits_are_the_authors(size):
+    network, expected = network_of(size), theirs(size)
+    explainer = network.explainer
+    with torch.no_grad():
+        h = explainer.h([expected["x"]])
+        close(explainer.squared_distances(h).transpose(1, 2), expected["distances"].flatten(2))
+        close(explainer.sim(h).transpose(1, 2), expected["similarities"].flatten(2))
+        close(explainer([expected["x"]]), expected["logits"])
+        close(network(expected["x"]), expected["logits"])
+        close(network.smallest(network.add_on(expected["x"])), expected["smallest"])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_whole_schedule_is_the_authors(size):
+    """Terms of the loss, five warm-up epochs, push, 20 passes of the last layer: one after the other."""
+    network, expected, options = network_of(size), theirs(size), Options(depth=6, size=size)
+    x, label = expected["x"], expected["label"]
+    with torch.no_grad():
+        smallest = network.smallest(network.add_on(x))
+        terms = costs(network.scores(smallest), smallest, label, network)
+    close(torch.stack([terms[name] for name in TERMS]).double(), expected["terms"])
+
+    optimizers = protopnet._optimizers(network, options)
+    for _ in range(5):
+        means = epoch(network, optimizers["warm"], options)
+    close(means, expected["warm_terms"])
+    close(network.prototypes.detach(), expected["warm.prototypes"])
+    close(network.add_on[2].weight.detach(), expected["warm.add_on.2.weight"], 1e-4)
+
+    with torch.no_grad():
+        moved = push(network, network.add_on(x).split(7), label)
+    assert network.image.tolist() == expected["push.image"].tolist()
+    assert network.position.tolist() == expected["push.position"].tolist()
+    close(moved, expected["push.distance"])
+    close(network.prototypes.detach(), expected["push.prototypes"], 1e-4)
+
+    for _ in range(20):
+        means = epoch(network, optimizers["last"], options)
+    close(means, expected["last_terms"], 1e-4)
+    close(network.last.weight.detach(), expected["last.weight"])
+    close(costs(network.scores(smallest), smallest, label, network)["l1"].detach(), expected["l1"])
+    with (
+        torch.no_grad()
+    ):  # at distance zero, where a pushed prototype's own patch lies, rounding counts 1/epsilon times
+        close(network(x), expected["last.logits"], 5e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_maps_and_boxes_are_opencvs(size):
+    expected = theirs(size)
+    maps = [protopnet._upsampled(activation, 56) for activation in expected["activation"]]
+    np.testing.assert_allclose(maps[0], expected["upsampled"].numpy(), atol=1e-4)
+    assert [list(activated_box(m)) for m in maps] == expected["boxes"].tolist()
+
+
+def test_the_gradient_of_the_loss_is_numerical():
+    network = network_of(2).double()
+    x, label = AUTHORS["2x2.x"][:6].double(), AUTHORS["2x2.label"][:6]
+    values = (network.prototypes, network.last.weight)
+    smallest = network.smallest(network.add_on(x))
+    total(costs(network.scores(smallest), smallest, label, network), Options()).backward()
+    for parameter in values:
+        flat, gradient = parameter.data.flatten(), parameter.grad.flatten()
+        for i in (0, 7, len(flat) - 1):
+            ends = []
+            for step in (1e-6, -1e-6):
+                flat[i] += step
+                with torch.no_grad():
+                    smallest = network.smallest(network.add_on(x))
+                    ends.append(total(costs(network.scores(smallest), smallest, label, network), Options()).item())
+                flat[i] -= step
+            assert gradient[i].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4, abs=1e-8)
+
+
+def test_the_authors_schedule():
+    steps = Options().plan()
+    epochs = [(phase, epoch) for phase, epoch, i in steps if phase != "last"]
+    assert epochs == [
+        *(("warm", e) for e in range(5)),
+        *(("joint", e) for e in range(5, 11)),
+        ("push", 10),
+        *(("joint", e) for e in range(11, 21)),
+        ("push", 20),
+    ]
+    assert [i for phase, epoch, i in steps if phase == "last" and epoch == 10] == list(range(20))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("mnist-mini", image_size=32, images_per_class=6)
+
+
+QUICK = Options(depth=8, warm_epochs=2, joint_epochs=3, push_start=3, push_every=3, last_passes=3, batch_size=16)
+
+
+def small():
+    """A backbone with batch normalisation that trains in no time: 32 pixels become one position, 64 become 2 x 2."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        block = nn.Sequential(nn.Conv2d(3, 12, 8, 8), nn.BatchNorm2d(12), nn.ReLU(), nn.AvgPool2d(4))
+        return Backbone([block], nn.Linear(12, 10, bias=False))
+
+
+def fit(digits, checkpoint, options=QUICK, report=lambda line: None, **more):
+    network = Network(small(), 10, 2, options, seed=3)
+    more = {"seed": 3, "made_by": {"backbone": "x"}, "precision": "float32", "save_after": 0.0, **more}
+    history = train(network, digits, options, checkpoint=checkpoint, report=report, **more)
+    return network, history
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("frozen", ["anew", "once"])
+def test_a_killed_run_ends_with_the_same_weights(digits, tmp_path, frozen):
+    """Cut within the warm-up, within the joint phase, between push and last layer, and within its passes."""
+    options = replace(QUICK, frozen_features=frozen)
+    whole, history = fit(digits, tmp_path / "whole.safetensors", options)
+    plan = options.plan()
+
+    class Killed(Exception):
+        pass
+
+    wanted = [("warm", 0, 0), ("joint", 2, 0), ("push", 3, 0), ("last", 3, 1)]
+    for cut in (plan.index(step) + 1 for step in wanted):
+        path = tmp_path / f"{cut}.safetensors"
+        saves = itertools.count(1)
+        keep = protopnet._save
+
+        def save(*state, saves=saves, cut=cut, keep=keep):
+            keep(*state)
+            if next(saves) == cut:
+                raise Killed
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(protopnet, "_save", save)
+            fit(digits, path, options)
+        lines = []
+        resumed, resumed_history = fit(digits, path, options, lines.append)
+        assert lines[0] == f"resuming after step {cut}"
+        assert same(whole, resumed)
+        drop = lambda records: [{k: v for k, v in r.items() if k != "seconds"} for r in records]  # noqa: E731
+        assert drop(history) == drop(resumed_history)
+
+
+def test_phases_train_what_they_should(digits, tmp_path):
+    """Warm-up leaves the features' weights, the last phase everything but the last layer."""
+    start = Network(small(), 10, 2, QUICK, seed=3)
+    warm, _ = fit(digits, tmp_path / "a", replace(QUICK, joint_epochs=0, last_passes=0, frozen_features="once"))
+    last, _ = fit(digits, tmp_path / "b", replace(QUICK, joint_epochs=0, last_passes=2, frozen_features="once"))
+    moved = lambda a, b: {n for (n, x), y in zip(a.named_parameters(), b.parameters(), strict=True) if (x != y).any()}  # noqa: E731
+    assert {name.split(".")[0] for name in moved(start, warm)} == {"add_on", "prototypes"}
+    assert moved(warm, last) == {"last.weight"}
+    with_joint, _ = fit(digits, tmp_path / "c", replace(QUICK, last_passes=0))
+    assert {name.split(".")[0] for name in moved(warm, with_joint)} == {"blocks", "add_on", "prototypes"}
+
+
+def test_frozen_features_anew_follow_batch_statistics(digits, tmp_path):
+    """As in the authors' code, batch normalisation stays in training mode while the features' weights are frozen."""
+    options = replace(QUICK, joint_epochs=0, last_passes=0)
+    fresh = small().blocks[0][1].running_mean
+    anew, _ = fit(digits, tmp_path / "a", options)
+    once, _ = fit(digits, tmp_path / "b", replace(options, frozen_features="once"))
+    assert torch.equal(once.blocks[0][1].running_mean, fresh)
+    assert not torch.equal(anew.blocks[0][1].running_mean, fresh)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_prototypes_are_the_patches_they_were_pushed_to(tmp_path, size):
+    """Against all patches of all training images at once, from the trained network."""
+    digits = load("mnist-mini", image_size=64, images_per_class=4)
+    options = replace(QUICK, size=size, last_passes=0, frozen_features="once")
+    network, history = fit(digits, tmp_path / "c", options)
+    _, h = protopnet.evaluate(network, digits, "train")
+    for k, label in enumerate(network.labels.tolist()):
+        i, r = int(network.image[k]), int(network.position[k])
+        assert digits.train.labels[i] == label
+        close(network.prototypes[k].detach().flatten(), h[i, r])
+    places = {(int(i), int(r)) for i, r in zip(network.image, network.position, strict=True)}
+    assert [r["distinct"] for r in history if r["phase"] == "push"][-1] == len(places)
+
+
+def test_push_is_the_nearest_patch_of_the_class():
+    """By loops over all patches, whatever the batches; ties go to the first."""
+    generator = torch.Generator().manual_seed(0)
+    network = Network(Backbone([nn.Identity()], nn.Linear(5, 3, bias=False)), 3, 4, Options(depth=5))
+    latent = torch.rand(20, 5, 3, 2, generator=generator)
+    latent[7:14] = latent[:7]
+    labels = torch.arange(20) % 7 % 3
+    before = network.prototypes.detach().clone()[:, :, 0, 0]
+    expected = []
+    for k in range(12):
+        patches = [(i, r) for i in range(20) if labels[i] == k // 4 for r in range(6)]
+        distance = [((latent[i].flatten(1)[:, r] - before[k]) ** 2).sum() for i, r in patches]
+        expected.append(patches[int(torch.stack(distance).argmin())])
+    for batch in (1, 6, 20):
+        network.prototypes.data.copy_(before[:, :, None, None])
+        push(network, latent.split(batch), labels)
+        assert list(zip(network.image.tolist(), network.position.tolist(), strict=True)) == expected
+
+
+def test_push_never_holds_more_than_a_batch_of_one_class(monkeypatch):
+    """In memory at once: distances of a batch's patches to the prototypes of a class, however many images there are."""
+    network = Network(Backbone([nn.Identity()], nn.Linear(5, 3, bias=False)), 3, 4, Options(depth=5))
+    sizes, real = [], ProtoPNet.squared_distances
+    monkeypatch.setattr(ProtoPNet, "squared_distances", lambda self, h: sizes.append(real(self, h)) or sizes[-1])
+    push(network, (torch.rand(10, 5, 3, 2) for _ in range(40)), torch.arange(400) % 3)
+    assert max(d.numel() for d in sizes) <= 10 * 6 * 4
+
+
+def test_affine_keeps_images_in_place():
+    x = torch.zeros(64, 3, 33, 33)
+    x[:, :, 16, 16] = 1.0
+    x[:, :, 10:13, 16] = 1.0
+    turned = protopnet.affine(x, torch.Generator().manual_seed(0))
+    assert torch.equal(turned, protopnet.affine(x, torch.Generator().manual_seed(0)))
+    assert (turned[:, 0, 15:18, 15:18].amax((1, 2)) > 0.5).all()
+    column = (turned[:, 0, 9:14].sum(1) * torch.arange(33)).sum(1) / turned[:, 0, 9:14].sum((1, 2))
+    assert 0.3 < (column - 16).abs().max() < 2.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(size=0), "size must be at least 1"),
+        (dict(l1=-1.0), "l1 must not be negative"),
+        (dict(add_on_rate=0.0), "add_on_rate must be positive"),
+        (dict(frozen_features="never"), "'anew' or 'once', got 'never'"),
+    ],
+)
+def test_bad_options(values, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**values)
+
+
+def test_bad_input_is_one_clear_line(digits, tmp_path):
+    with pytest.raises(ValueError, match="2 x 2 positions does not fit the 1 x 1 grid of 32-pixel images"):
+        fit(digits, tmp_path / "c", replace(QUICK, size=2))
+    with pytest.raises(ValueError, match="60 training images are fewer than one batch of 80"):
+        fit(digits, tmp_path / "c", replace(QUICK, batch_size=80))
+    empty = replace(digits, train=replace(digits.train, labels=digits.train.labels.clamp_max(8)))
+    with pytest.raises(ValueError, match="class '9' has no training images"):
+        fit(empty, tmp_path / "c")
+    with pytest.raises(ValueError, match="K/C.* must be at least 1"):
+        Network(small(), 10, 0, QUICK)
+    with pytest.raises(ValueError, match="the loss is .* in the warm phase: lower its rates"):
+        fit(digits, tmp_path / "c", replace(QUICK, prototypes_rate=1e30))
+
+
+def test_a_trained_network_comes_back_and_explains(digits, tmp_path):
+    run = Run.of(tmp_path, "mnist-mini", 3)
+    data = {"image_size": 32, "images_per_class": 6}
+    made_by = {"arch": "resnet18", "classes": list("0123456789"), "data": data, "weights": "scratch"}
+    run.save_backbone(resnet("resnet18", 10, seed=3), made_by)
+    with pytest.raises(FileNotFoundError, match="run notebook 05_protopnet"):
+        protopnet.load(run)
+    with pytest.raises(ValueError, match="'imagenet' or 'backbone', got 'scratch'"):
+        protopnet.start(run, "scratch", 2, QUICK, 3)
+    network = protopnet.start(run, "backbone", 2, QUICK, 3)
+    with pytest.raises(ValueError, match="not pushed"):
+        protopnet.most_activated(network, digits, digits.test.pixels[0])
+    train(network, digits, QUICK, seed=3, checkpoint=tmp_path / "c", made_by={}, report=lambda line: None)
+    protopnet.save(run, network, QUICK, 2, {})
+    again = protopnet.load(run)
+    assert same(network, again)
+    j, found = protopnet.most_activated(again, digits, digits.test.pixels[0], count=20)
+    y = again(digits.normalise(digits.test.pixels[:1]))[0]
+    assert j == int(y.argmax())
+    assert sum(a.points for a in found) == pytest.approx(y[j].item(), rel=1e-4), "all points sum to the score"
+    assert [a.similarity for a in found] == sorted((a.similarity for a in found), reverse=True)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_boxes_are_the_patches(tmp_path, size):
+    """On a 3 x 3 grid of 96 pixels a position is a square of 32."""
+    digits = load("mnist-mini", image_size=96, images_per_class=4)
+    network, _ = fit(digits, tmp_path / "c", replace(QUICK, size=size, frozen_features="once"))
+    for k in range(len(network.labels)):
+        i, source, box = protopnet.prototype_source(network, digits, k)
+        row, column = divmod(int(network.position[k]), 4 - size)
+        assert box == (32 * row, 32 * (row + size), 32 * column, 32 * (column + size))
+        assert i == network.image[k] and source.shape == (96, 96, 3)
+        shown = protopnet.faded(source, box)
+        assert (shown[box[0] : box[1], box[2] : box[3]] == source[box[0] : box[1], box[2] : box[3]]).all()
+    with pytest.raises(ValueError, match="box must be one of patch, activation"):
+        protopnet.most_activated(network, digits, digits.test.pixels[0], box="cell")
