@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
@@ -233,5 +234,70 @@ def image_grid(images: Sequence[np.ndarray], titles: Sequence[str], columns: int
     for side, image, title in zip(axes.flat, images, titles, strict=False):
         side.imshow(image)
         side.set_title(_short(title, 12), fontsize=8, pad=2)
+    plt.close(figure)  # shown once, by the caller
+    return figure
+
+
+def subset_study(records: pd.DataFrame) -> Figure:
+    """Accuracy, inertia and agreement against the fraction of images; bands from the lowest to the highest.
+
+    ``records`` of :func:`kmex_utils.subsets.study`.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9))
+    names = {
+        "accuracy": "test accuracy (%)",
+        "inertia": "inertia, relative to all images",
+        "agreement": "agreement with all images (ARI)",
+    }
+    for side, (column, name) in zip(axes, names.items(), strict=True):
+        for colour, marker, (model, some) in zip(
+            palette(10), "osD^vP", records.groupby("model", sort=False), strict=False
+        ):
+            found = some.groupby("fraction")[column].agg(["mean", "min", "max"])
+            side.plot(100 * found.index, found["mean"], marker=marker, markersize=4, color=colour, label=model)
+            side.fill_between(100 * found.index, found["min"], found["max"], color=colour, alpha=0.2, linewidth=0)
+        side.set_xscale("log")
+        side.set_xticks(100 * records.fraction.unique(), [f"{100 * f:g}" for f in records.fraction.unique()])
+        side.minorticks_off()
+        side.set(xlabel="images of each class (%)", ylabel=name)
+    axes[0].legend()
+    plt.close(figure)  # shown once, by the caller
+    return figure
+
+
+def scaling_fits(fits: pd.DataFrame) -> Figure:
+    """Seconds and memory of each case, ours and the others; ``fits`` of :func:`kmex_utils.scaling.compare_fits`."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 0.5 * len(fits) + 1.2), sharey=True)
+    looks = {"ours": "o", "sklearn": "s", "faiss": "D", "minibatch": "^"}
+    names = {
+        "ours": "this engine",
+        "sklearn": "scikit-learn",
+        "faiss": "faiss",
+        "minibatch": "scikit-learn, mini-batch",
+    }
+    place = np.arange(len(fits))[::-1]
+    for colour, (method, marker) in zip(palette(4), looks.items(), strict=True):
+        for side, unit in zip(axes, ("s", "mib"), strict=True):
+            if f"{method}_{unit}" in fits:
+                side.plot(fits[f"{method}_{unit}"], place, marker, color=colour, label=names[method])
+    for side, name in zip(axes, ("seconds", "peak memory beyond the activations (MiB)"), strict=True):
+        side.set_xscale("log")
+        side.set_xlabel(name)
+        side.grid(axis="y", alpha=0.3)
+    axes[0].set_yticks(place, fits.case)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    plt.close(figure)  # shown once, by the caller
+    return figure
+
+
+def scaling_explanations(explained: pd.DataFrame) -> Figure:
+    """Time per image over a forward pass; ``explained`` of :func:`kmex_utils.scaling.compare_explanations`."""
+    some = explained[explained.method != "forward"]
+    figure, side = plt.subplots(figsize=(6.4, 2.2))
+    bars = side.barh(some.method, some.over_forward, color=[palette(2)[0 if m == "ours" else 1] for m in some.method])
+    side.bar_label(bars, [f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in some.over_forward], padding=3)
+    side.set(xscale="log", xlabel="time, in forward passes")
+    side.margins(x=0.15)
+    side.invert_yaxis()
     plt.close(figure)  # shown once, by the caller
     return figure

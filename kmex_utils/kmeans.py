@@ -152,6 +152,11 @@ def kmeans(
     return _lloyd(rows, centroids, max_iterations, threshold)
 
 
+def inertia(rows: Rows, centroids: torch.Tensor) -> float:
+    """The sum of squared distances of all rows to the closest of some centroids [K, D]."""
+    return float(_assess(rows, centroids[None].to(rows.device))[0])
+
+
 def _lloyd(rows: Rows, centroids: torch.Tensor, max_iterations: int, threshold: float) -> Clusters:
     restarts, k, dim = centroids.shape
     state = _State(

@@ -115,6 +115,18 @@ def check_operator(blocks, normalisation, **options):
     torch.testing.assert_close(rows.rows(index), q[index], **tolerance)
 
 
+@pytest.mark.parametrize("count", [127, 144, 150, 600])
+def test_many_prototypes_are_the_same_product(count, generator):
+    """From 128 on another kernel computes them."""
+    blocks = blocks_of(n=3)
+    q = composite(blocks).flatten(0, 1)
+    p = torch.randn(count, q.shape[1], generator=generator)
+    rows = CompositeRows(blocks)
+    ((_, chunk),) = rows.chunks()
+    torch.testing.assert_close(chunk.dots(p), p @ q.T, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(chunk.dots(rows.columns(p)), p @ q.T, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("rows_per_chunk", [1, 70, 10**6])
 def test_every_image_and_position_is_a_row_once(rows_per_chunk):
     blocks = blocks_of(n=7)

@@ -161,3 +161,23 @@ def test_the_given_start_is_left_alone():
     before = x.clone()
     kmeans(DenseRows(x), 4, start=x[:4])
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("k", [1, 2, 10, 300])
+def test_argmax_takes_the_first_of_ties(k, generator):
+    values = torch.randint(3, (4, k, 50), generator=generator).float()
+    expected = torch.from_numpy(values.numpy().argmax(1))  # NumPy promises the first
+    assert torch.equal(module.argmax(values), expected)
+
+
+@pytest.mark.parametrize("rows", [DenseRows(clouds(6, spread=1.5)), CompositeRows(blocks_of(n=9, seed=2))])
+def test_sums_by_single_rows_are_those_of_the_product(rows, monkeypatch):
+    """The update follows changed labels row by row or in one product, whichever is faster."""
+    start = rows.rows(torch.arange(5) * 7)
+    found = []
+    for few in (0, 2):
+        monkeypatch.setattr(module, "_FEW", few)
+        found.append(kmeans(rows, 5, start=start, tolerance=0))
+    assert found[0].iterations == found[1].iterations > 2
+    torch.testing.assert_close(found[0].centroids, found[1].centroids, rtol=1e-5, atol=1e-7)
+    assert torch.equal(found[0].sizes, found[1].sizes)

@@ -1,0 +1,63 @@
+"""The measurements compare the same thing: equal clusterings, equal maps, true sizes, counted passes."""
+
+import numpy as np
+import pytest
+import torch
+
+from kmex_utils import scaling
+from kmex_utils.composite import CompositeRows, Normalisation
+
+CASE = scaling.Case("tiny", images=2, start_block=3, k=3, restarts=3)
+
+
+@pytest.mark.parametrize("name", ["sklearn", "faiss", "minibatch"])
+def test_every_way_fits_the_same_rows(name):
+    ours = scaling.fit_ours(CASE, 0)
+    assert scaling.FITS[name](CASE, 0) == pytest.approx(ours, rel=0.05)
+
+
+def test_sizes_are_those_of_the_activations():
+    rows = CompositeRows(scaling._blocks(CASE), Normalisation())
+    assert scaling._size(CASE) == {"n_rows": len(rows), "n_channels": rows.dim}
+
+
+def test_naive_map_is_ours():
+    x = [part.float() for part in scaling.synthetic(2)(0, 2)]
+    for explainer in scaling.explainers([x[0], *x], 40, 4).values():
+        ours = explainer.sim(explainer.h([x[0], *x]))
+        naive = scaling.naive_map([x[0], *x], explainer).view_as(ours)
+        assert (ours == naive).float().mean() > 0.999
+
+
+def test_measure_sees_time_and_memory():
+    def work():
+        kept = np.ones(50 * 2**20 // 8)
+        for _ in range(20):
+            kept += 1
+        return float(kept[0])
+
+    found = scaling.measure(work)
+    assert found.value == 21
+    assert 45 < found.mib < 75
+    assert found.seconds > 0.005
+
+
+def test_synthetic_activations_are_the_same_whenever_they_are_read():
+    read = scaling.synthetic(5)
+    once = read(0, 5)
+    assert [tuple(x.shape) for x in once] == [(5, 128, 28, 28), (5, 256, 14, 14), (5, 512, 7, 7)]
+    assert all(torch.equal(x[3:4], y) for x, y in zip(once, read(3, 4), strict=True))
+    with pytest.raises(IndexError):
+        read(4, 6)
+
+
+def test_a_stream_is_clustered_in_counted_passes():
+    found = scaling._stream(3, k=2, iterations=2)
+    assert found["n_rows"] == 3 * 784 and found["iterations"] == 2
+    # variance, first start, candidates and shrinking, two iterations, assessment
+    assert found["passes"] == 1 + 1 + 2 + 2 + 1
+
+
+def test_more_images_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="fewer than 300: lower images"):
+        scaling.digits(300)
