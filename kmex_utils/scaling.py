@@ -24,7 +24,7 @@ from .backbones import Backbone, resnet
 from .composite import CompositeRows, Normalisation, composite
 from .datasets import load
 from .explainers import EncoderKMeans
-from .kmeans import Prototypes, kmeans
+from .kmeans import Clusters, Prototypes, kmeans
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,7 @@ def measure(work: Callable[[], float]) -> Measured:
     import psutil
 
     process, peak, done = psutil.Process(), 0, threading.Event()
+    psutil.heap_trim()  # memory freed before, but not yet given back, would hide what the call takes
     before = process.memory_info().rss
 
     def watch() -> None:
@@ -315,37 +316,33 @@ def synthetic(images: int, rank: int = 16) -> Callable[[int, int], list[torch.Te
 def _stream(images: int, k: int, iterations: int) -> dict[str, float]:
     import psutil
 
-    process, passes, peak, done = psutil.Process(), 0, 0, threading.Event()
-    read = synthetic(images)
+    read, images_read = synthetic(images), 0
 
     def counted(start: int, stop: int) -> list[torch.Tensor]:
-        nonlocal passes
-        passes += stop == images
+        nonlocal images_read
+        images_read += stop - start
         return read(start, stop)
 
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.01):
-            peak = max(peak, process.memory_info().rss)
-
     rows = CompositeRows(counted, Normalisation(), images=images, keep=False)
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    found = kmeans(rows, k, restarts=1, max_iterations=iterations, tolerance=0)
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
+    found: list[Clusters] = []
+
+    def work() -> float:
+        found.append(kmeans(rows, k, restarts=1, max_iterations=iterations, tolerance=0))
+        return found[0].inertia
+
+    before = psutil.Process().memory_info().rss / 2**20
+    measured = measure(work)
+    passes = images_read // images
     return {
         "n_rows": len(rows),
         "n_channels": rows.dim,
         "k": k,
-        "iterations": found.iterations,
+        "iterations": found[0].iterations,
         "passes": passes,
-        "seconds": seconds,
-        "seconds_per_pass_and_million_rows": seconds / passes / len(rows) * 1e6,
-        "process_peak_mib": peak / 2**20,
-        "inertia_per_row": found.inertia / len(rows),
+        "seconds": measured.seconds,
+        "seconds_per_pass_and_million_rows": measured.seconds / passes / len(rows) * 1e6,
+        "process_peak_mib": before + measured.mib,
+        "inertia_per_row": found[0].inertia / len(rows),
     }
 
 

@@ -52,8 +52,8 @@ def test_synthetic_activations_are_the_same_whenever_they_are_read():
 
 
 def test_a_stream_is_clustered_in_counted_passes():
-    found = scaling._stream(3, k=2, iterations=2)
-    assert found["n_rows"] == 3 * 784 and found["iterations"] == 2
+    found = scaling._stream(40, k=2, iterations=2)
+    assert found["n_rows"] == 40 * 784 and found["iterations"] == 2
     # variance, first start, candidates and shrinking, two iterations, assessment
     assert found["passes"] == 1 + 1 + 2 + 2 + 1
 
