@@ -1,4 +1,4 @@
-"""Any CNN with average pool and linear head, seen as blocks: torchvision and timm by name, your own module, your weights.
+"""Any CNN with average pool and linear head, seen as blocks: torchvision, timm, your own module, your weights.
 
 A network is run once on noise and watched. The *head* is the last linear layer, *h* what the last average pool before
 it averages, and the blocks are the last output at each resolution on the way there. Nothing is rebuilt: the network
@@ -458,6 +458,7 @@ def network(
         defaults["classes"] = ()
     if not names and len(defaults["classes"]):
         names = defaults["classes"]
+    module.to(memory_format=torch.channels_last)
     return Network(module, classes=names, name=str(model), **given, **_in_force(options, defaults))
 
 
@@ -489,7 +490,7 @@ def _torchvision(name: str, pretrained: bool, state) -> tuple[nn.Module, dict]:
     if name not in known:
         close = get_close_matches(name, known, n=4) or known[:4]
         raise ValueError(
-            f"torchvision has no model {name!r}; the nearest: {', '.join(close)}. timm's: timm/<name>; your own: a module"
+            f"torchvision has no model {name!r}; the nearest: {', '.join(close)}. For timm's give timm/<name>"
         )
     more = {}
     if name in ("googlenet", "inception_v3"):  # auxiliary heads serve training only; theirs is a slow initialisation
@@ -505,7 +506,7 @@ def _torchvision(name: str, pretrained: bool, state) -> tuple[nn.Module, dict]:
         module.load_state_dict(imagenet_weights(name))
     transform = entry.transforms()
     defaults = {"image_size": transform.crop_size[0], "mean": transform.mean, "std": transform.std}
-    return module, {**defaults, "classes": tuple(entry.meta["categories"]) if pretrained or state is None else ()}
+    return module, {**defaults, "classes": tuple(entry.meta["categories"]) if pretrained else ()}
 
 
 def _timm(name: str, pretrained: bool, state) -> tuple[nn.Module, dict]:

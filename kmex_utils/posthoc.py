@@ -58,7 +58,7 @@ class Picture(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the network and the prototypes make of one image: y [C], h [1, D, H, W], q_s by start block [1, H_b, W_b]."""
+    """What network and prototypes make of one image: y [C], h [1, D, H, W], q_s by start block [1, H_b, W_b]."""
 
     y: torch.Tensor
     h: torch.Tensor
@@ -311,7 +311,7 @@ def explain(
     norm: str = "position",
     scale: str = "1/D",
     align_corners: bool = False,
-    restarts: int = 10,
+    restarts: int = 3,
     seed: int = 0,
     device: str = "auto",
     batch_size: int = 32,
@@ -486,8 +486,8 @@ def _stand_in(explained: Explained, per_class: int, report) -> Dataset:
     if len(kept) < 2:
         most = explained.network.classes[int(found[counts.argmax()])]
         raise ValueError(
-            f"the network puts {int(counts.max())} of {len(predicted)} images into one class ({most}) and no second class "
-            f"has K/C = {per_class} images: lower prototypes_per_class, add images, or give labels as <class>/*"
+            f"the network puts {int(counts.max())} of {len(predicted)} images into one class ({most}) and no second "
+            f"class has K/C = {per_class} images: lower prototypes_per_class, add images, or give labels as <class>/*"
         )
     left = int(counts[counts < per_class].sum())
     classes = tuple(explained.network.classes[j] for j in kept.tolist())
@@ -518,7 +518,7 @@ def _relabelled(part: Images, predicted: torch.Tensor, kept: torch.Tensor) -> Im
 
 
 def _nearest(rows_of, labels: torch.Tensor, prototypes: Prototypes, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``count`` training images nearest to each prototype, of its class, and the position in each: [K, count] twice.
+    """The ``count`` images of its class nearest to each prototype, and the position in each: [K, count] twice.
 
     An image counts by its nearest row. Where there are fewer images the rest is -1.
     """
@@ -628,7 +628,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--start-block", type=int, default=0, help="shallowest block to explain from (default: the last three blocks)")
     add("--per-class", type=int, default=5, help="prototypes per class, K/C (default: 5)")
     add("--held-out", type=float, default=0.2, help="share of each class to measure accuracy on (default: 0.2)")
-    add("--restarts", type=int, default=10, help="of k-means (default: 10)")
+    add("--restarts", type=int, default=3, help="of k-means (default: 3)")
     add("--seed", type=int, default=0, help="of k-means and of the held-out images (default: 0)")
     add("--device", default="auto", help="auto (default), cpu, cuda or mps")
     add("--out", default="explained", help="new folder for the results (default: explained)")
