@@ -20,7 +20,7 @@ from . import paths
 from .backbones import Backbone, avg_pool, imagenet_weights
 from .datasets import RECIPES, Recipe
 from .explainers import CNNAsSEM
-from .store import load_settings
+from .store import load_settings, replacing
 
 IMAGENET = {name: getattr(RECIPES["folder"], name) for name in ("mean", "std")}
 FITS = ("crop", "stretch")
@@ -572,7 +572,7 @@ def _state(path: str | Path) -> dict[str, torch.Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load and safetensors raise many kinds
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "Unsupported global" in str(error):
             raise ValueError(
                 f"{path} holds pickled objects, which may run code: save model.state_dict() alone"
             ) from None
@@ -609,12 +609,88 @@ def _load(module: nn.Module, state: dict, name: str, path) -> None:
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     extra = [key for key in state if key not in own]
     said = [f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}" for key in shapes[:1]]
-    said += [f"{len(shapes) - 1} more of another shape"] * (len(shapes) > 1)
-    said += [f"{len(missing)} missing ({missing[0]} …)"] * bool(missing)
-    said += [f"{len(extra)} unknown ({extra[0]} …)"] * bool(extra)
+    if len(shapes) > 1:
+        said.append(f"{len(shapes) - 1} more of another shape")
+    for kind, keys in (("missing", missing), ("unknown", extra)):
+        if keys:
+            said.append(f"{len(keys)} {kind} ({keys[0]} …)")
     if said:
         raise ValueError(f"the weights in {path} do not fit {name}: {', '.join(said)}")
     broken = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if broken:
         raise ValueError(f"{path} holds NaN or infinite weights ({broken[0]} …)")
     module.load_state_dict(state, strict=False)
+
+
+# --- which networks fit ---------------------------------------------------------------------------------------------
+
+ARCHITECTURES = (
+    *("resnet18", "resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "googlenet"),
+    *("efficientnet_b0", "efficientnet_v2_s", "mobilenet_v2", "regnet_x_400mf", "regnet_y_400mf"),
+    *("shufflenet_v2_x1_0", "mnasnet1_0", "inception_v3"),
+    *("convnext_tiny", "mobilenet_v3_small", "vgg11", "alexnet"),
+)
+
+
+def summary(name: str, weights: str = "random", seed: int = 0) -> dict[str, str]:
+    """Blocks and Theorem 1 residual of a network by name, as a row of the README's table.
+
+    With random weights the batch statistics are those of noise, so that activations neither vanish nor grow.
+    """
+    found = network(name, weights, seed=seed)
+    size = found.image_size
+    x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    if weights == "random":
+        _settle(found.module, x)
+    activations, _ = found.outputs(x)
+    grids = [f"{u.shape[1]} at {u.shape[2]} x {u.shape[3]}" for u in activations]
+    residual = f"{theorem1_residual(found, x):.0e}" if found.pooled_linear else f"does not hold: {found.between}"
+    return {
+        "network": name,
+        "blocks end at": ", ".join(found.blocks),
+        "channels and positions": ", ".join(grids),
+        "head": found.head + (" (bias)" if found.b is not None else ""),
+        "Theorem 1 residual": residual,
+    }
+
+
+@torch.no_grad()
+def _settle(module: nn.Module, x: torch.Tensor) -> None:
+    """Batch statistics of x, in place."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    for part in norms:
+        part.train()
+        part.momentum = 1.0
+    module(x)
+    module.eval()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Table of networks: their blocks, head and Theorem 1 residual."""
+    import argparse
+    import sys
+
+    import pandas as pd
+
+    parser = argparse.ArgumentParser(prog="python -m kmex_utils.networks", description=main.__doc__)
+    parser.add_argument("names", nargs="*", default=ARCHITECTURES, help="torchvision's, or timm/<name>")
+    parser.add_argument("--weights", default="random", help="random (default) or imagenet")
+    parser.add_argument("--csv", type=Path, help="also write the table to this file")
+    options = parser.parse_args(arguments)
+    rows = []
+    for name in options.names:
+        try:
+            rows.append(summary(name, options.weights))
+        except (ValueError, OSError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    table = pd.DataFrame(rows)
+    if options.csv:
+        with replacing(options.csv) as temporary:
+            table.to_csv(temporary, index=False)
+    print(table.to_markdown(index=False, disable_numparse=True))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
