@@ -59,24 +59,25 @@ function render({ model, el }) {
   function outline(context, index) {
     // dim what is outside the segment and draw its edges
     const rows = view().map;
-    const h = SIZE / rows.length;
-    const w = SIZE / rows[0].length;
+    const edge = (i, count) => Math.round((i * SIZE) / count); // whole pixels: no seams between dimmed cells
     context.fillStyle = "rgba(255, 255, 255, 0.55)";
     context.strokeStyle = "#000";
     context.lineWidth = 2;
     context.beginPath();
     rows.forEach((row, y) =>
       row.forEach((value, x) => {
-        if (value !== index) context.fillRect(x * w, y * h, w + 0.5, h + 0.5);
-        const right = row[x + 1];
+        const [left, right] = [edge(x, row.length), edge(x + 1, row.length)];
+        const [top, bottom] = [edge(y, rows.length), edge(y + 1, rows.length)];
+        if (value !== index) context.fillRect(left, top, right - left, bottom - top);
+        const beside = row[x + 1];
         const below = rows[y + 1]?.[x];
-        if (right !== undefined && (value === index) !== (right === index)) {
-          context.moveTo((x + 1) * w, y * h);
-          context.lineTo((x + 1) * w, (y + 1) * h);
+        if (beside !== undefined && (value === index) !== (beside === index)) {
+          context.moveTo(right, top);
+          context.lineTo(right, bottom);
         }
         if (below !== undefined && (value === index) !== (below === index)) {
-          context.moveTo(x * w, (y + 1) * h);
-          context.lineTo((x + 1) * w, (y + 1) * h);
+          context.moveTo(left, bottom);
+          context.lineTo(right, bottom);
         }
       }),
     );

@@ -20,7 +20,8 @@ from . import paths
 from .backbones import Backbone, avg_pool, imagenet_weights
 from .datasets import RECIPES, Recipe
 from .explainers import CNNAsSEM
-from .store import load_settings, replacing
+from .runs import Run
+from .store import replacing
 
 IMAGENET = {name: getattr(RECIPES["folder"], name) for name in ("mean", "std")}
 FITS = ("crop", "stretch")
@@ -544,14 +545,8 @@ def _timm_classes(module: nn.Module) -> tuple[str, ...]:
 
 def _of_run(path: Path, names: tuple[str, ...], given: dict, options: dict) -> Network:
     """The network of notebook 1, with the classes, size and normalisation it was trained with."""
-    from .runs import Run
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: run notebook 01_train, or give a model's name and weights")
-    settings = load_settings(path)
-    if "arch" not in settings or not path.parent.name.startswith("seed-"):
-        raise ValueError(f"{path} is not of notebook 1: name the model and give this file as weights")
-    run = Run(path.parents[2], path.parents[1].name, int(path.parent.name.removeprefix("seed-")))
+    run = Run.of_weights(path)
+    settings = run.settings()
     recipe = run.recipe()
     size = settings["data"].get("image_size") or recipe.image_size
     defaults = {"image_size": size, "mean": recipe.mean, "std": recipe.std, "fit": "stretch"}

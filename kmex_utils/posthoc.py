@@ -282,7 +282,10 @@ class Explained:
         """Maps, attributions, predictions for a whole folder; see :func:`kmex_utils.export.export`."""
         from .export import export
 
-        return export(self, Path(folder), images or self.settings["folder"], **options)
+        images = images or self.settings["folder"]
+        if not images:
+            raise ValueError("give the folder of images to export: the prototypes are of a data set, not of a folder")
+        return export(self, Path(folder), images, **options)
 
     def save(self, folder: str | Path) -> Path:
         """Prototypes (safetensors), table (CSV) and settings (JSON) in a folder."""
@@ -372,6 +375,7 @@ def explain(
         root = str(Path(folder).expanduser().resolve())
     settings = {
         **network.settings(),
+        "dataset": dataset.name,
         "folder": root,
         "start_block": first,
         "per_class": prototypes_per_class,

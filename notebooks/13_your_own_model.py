@@ -31,7 +31,7 @@ checkpoint: str = ""  # file with a state dict for a model by name; empty: image
 classes: str = ""  # text file with the names of the network's classes, one a line; empty: known, or numbers
 blocks: list[str] = []  # modules that end the blocks; empty: the last output at each resolution
 head: str = ""  # the linear layer; empty: the last one
-folder: str = ""  # <class>/*, or train/ and test/ with <class>/*, or images alone; empty: the digits of notebook 1
+folder: str = ""  # <class>/*, or train/ and test/ with <class>/*, or images alone; empty: as in notebook 1
 image_size: int = 0  # pixels; 0: the weights' own
 fit: str = ""  # crop (the centre square) or stretch; empty: crop, or as notebook 1 does for its own weights
 start_block: int = 0  # the shallowest block to explain from; 0: the last three blocks (B234 of four)
@@ -102,12 +102,9 @@ else:
 # 4. Without labels, the network's own predictions stand in for them.
 
 # %%
-if folder:
-    images = paths.resolve(folder)
-else:
-    from kmex_utils import datasets
+from kmex_utils.runs import Run
 
-    images = datasets.load("mnist-mini", image_size=network.image_size)
+images = paths.resolve(folder) if folder else Run.of_weights(path).load_dataset()
 explained = posthoc.explain(
     network,
     images,
