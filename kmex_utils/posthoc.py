@@ -147,8 +147,8 @@ class Explained:
             if not inside.is_file():
                 raise ValueError(f"{image} is neither a file nor an image of {self.dataset.name} such as {names[0]}")
             root = Path(self.settings["folder"]) if self.settings.get("folder") else None
-            if root and inside.resolve().is_relative_to(root):
-                name = str(inside.resolve().relative_to(root))
+            if root and inside.absolute().is_relative_to(root):
+                name = str(inside.absolute().relative_to(root))
                 if name in names:
                     return self.picture(names.index(name))
             pixels, _ = images.read(inside, self.network.image_size, self.network.fit)
@@ -372,7 +372,7 @@ def explain(
             seed=seed,
             report=report,
         )
-        root = str(Path(folder).expanduser().resolve())
+        root = str(Path(folder).expanduser().absolute())
     settings = {
         **network.settings(),
         "dataset": dataset.name,
@@ -674,7 +674,8 @@ def _run(options: argparse.Namespace) -> None:
         device=options.device,
     )
     explained.save(out)
-    print(explained.table.round(2).to_markdown())
+    rounded = explained.table.round(2).astype(object)
+    print(rounded.where(rounded.notna(), "–").to_markdown())
     from . import figures
 
     pictures = [explained.picture(image) for image in options.panel]

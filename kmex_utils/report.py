@@ -80,7 +80,7 @@ def _page(explained, shown: list[int], drawn: list[dict], pixels: int, quality: 
 
     dataset, network = explained.dataset, explained.network
     classes = [_prototypes(explained, c, pixels, quality) for c in shown]
-    table = explained.table.rename(columns=lambda name: name.replace("images of the prototypes", "prototypes’ images"))
+    table = explained.table.rename(columns=lambda name: name.replace("images of the prototypes", "own images"))
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
     return page.render(
         title=title or f"{network.name} on {dataset.name}",
