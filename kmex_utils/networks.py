@@ -434,6 +434,7 @@ def network(
         One line that says what to change.
     """
     given = {"blocks": tuple(blocks), "head": head}
+    weights = "random" if weights == "scratch" else weights  # notebook 1's word
     options = {"image_size": image_size, "mean": tuple(mean), "std": tuple(std), "fit": fit}
     names = _class_names(classes)
     if isinstance(model, nn.Module):

@@ -54,7 +54,7 @@ class Picture(NamedTuple):
     @property
     def rgb(self) -> np.ndarray:
         """For display, uint8 [S, S, 3]."""
-        return self.pixels.transpose(1, 2, 0)
+        return np.broadcast_to(self.pixels.transpose(1, 2, 0), (*self.pixels.shape[1:], 3))
 
 
 class Seen(NamedTuple):

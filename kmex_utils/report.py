@@ -52,9 +52,12 @@ def write(
         raise FileExistsError(f"{path} exists: choose another name, or give overwrite=True")
     pictures = [explained.picture(image) for image in panels]
     shown = list(range(len(explained.dataset.classes)))
+    figures = [_figures(explained, picture, target) for picture in pictures]
     size = 0
     for pixels, quality in LEVELS:
-        drawn = [_panel(explained, picture, target, quality) for picture in pictures]
+        drawn = [
+            _panel(explained, picture, target, found, quality) for picture, found in zip(pictures, figures, strict=True)
+        ]
         page = _page(explained, shown, drawn, pixels, quality, title)
         size = len(page.encode())
         if size <= max_bytes:
@@ -88,6 +91,7 @@ def _page(explained, shown: list[int], drawn: list[dict], pixels: int, quality: 
         network=network,
         dataset=dataset,
         classes=classes,
+        clustered=int((dataset.train.labels >= 0).sum()),
         left_out=len(dataset.classes) - len(shown),
         columns=list(table.columns),
         rows=[(model, [_number(name, v) for name, v in zip(table, row, strict=True)]) for model, row in _rows(table)],
@@ -135,24 +139,27 @@ def _prototypes(explained, c: int, pixels: int, quality: int) -> dict:
     return {"name": explained.dataset.classes[c], "images": images, "explainers": explainers}
 
 
-def _panel(explained, picture, target: str, quality: int) -> dict:
-    seen = explained.seen(picture)
-    figures = []
-    for found in explained.interpretations(
-        picture, explained.start_blocks[:: len(explained.start_blocks) - 1 or 1], target
-    ):
-        figure = figure1(picture.rgb, [found])
+def _figures(explained, picture, target: str) -> dict[str, np.ndarray]:
+    """Figure 1 of an image, drawn: uint8 [H, W, 3] by explainer, from the last block and the shallowest."""
+    blocks = sorted({explained.start_blocks[0], explained.start_blocks[-1]}, reverse=True)
+    drawn = {}
+    for found in explained.interpretations(picture, blocks, target):
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=120)
+        figure1(picture.rgb, [found]).savefig(buffer, format="png", dpi=120)
         with Image.open(buffer) as image:
-            figures.append({"name": found.name, "url": _encoded(np.asarray(image.convert("RGB")), quality)})
+            drawn[found.name] = np.asarray(image.convert("RGB"))
+    return drawn
+
+
+def _panel(explained, picture, target: str, figures: dict[str, np.ndarray], quality: int) -> dict:
+    seen = explained.seen(picture)
     j = explained.target(target, seen)
     classes = explained.network.classes
     return {
         "name": picture.name,
         "predicted": classes[int(seen.y.argmax())],
         "target": classes[j] if explained.network.pooled_linear else "",
-        "figures": figures,
+        "figures": [{"name": name, "url": _encoded(pixels, quality)} for name, pixels in figures.items()],
     }
 
 
