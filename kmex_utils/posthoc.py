@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +138,7 @@ class Explained:
             if not 0 <= image < len(test) + len(train):
                 raise IndexError(f"image must be an index of the {len(test) + len(train)} images, got {image}")
             split, part, i = ("test", test, int(image)) if image < len(test) else ("train", train, image - len(test))
-            return Picture(np.asarray(part.pixels[i]), part.names[i], split, int(i))
+            return Picture(np.asarray(part.pixels[i]), self.names[image], split, int(i))
         if isinstance(image, str | Path):
             names = self.names
             inside = Path(image).expanduser()
@@ -159,10 +159,13 @@ class Explained:
             image.save(file.name)
             return Picture(images.read(file.name, self.network.image_size, self.network.fit)[0], "image")
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
-        """Of all images, held-out ones first."""
-        return (*self.dataset.test.names, *self.dataset.train.names)
+        """Of all images, held-out ones first; with their split where both splits use a name."""
+        test, train = self.dataset.test.names, self.dataset.train.names
+        if set(test) & set(train):
+            test, train = (tuple(f"{split}/{n}" for n in part) for split, part in (("test", test), ("train", train)))
+        return (*test, *train)
 
     def seen(self, picture: Picture) -> Seen:
         """What the network and the prototypes make of an image; the folder's own are not computed again."""

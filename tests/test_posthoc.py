@@ -411,6 +411,30 @@ def test_the_shell(photos, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_data_set_of_this_project():
+    """Grey digits, whose names are numbers in either split."""
+    from kmex_utils.datasets import load
+
+    digits = load("mnist-mini", image_size=32, images_per_class=3)
+    recipe = digits.recipe
+    found = network(
+        "resnet18", "random", image_size=32, mean=recipe.mean, std=recipe.std, classes=[str(c) for c in range(1000)]
+    )
+    explained = posthoc.explain(
+        found, digits, prototypes_per_class=1, restarts=1, device="cpu", start_block=4, report=str
+    )
+    assert len(set(explained.names)) == 60
+    for i in (0, 29, 30, 59):
+        picture = explained.picture(explained.names[i])
+        assert np.array_equal(picture.pixels, digits.split(picture.split).pixels[picture.index])
+        assert explained.explorer().view(i, 4)["name"] == explained.names[i]
+    assert picture.rgb.shape == (32, 32, 3)
+    with pytest.raises(ValueError, match="give the folder of images to export"):
+        explained.export("nowhere")
+    with pytest.raises(ValueError, match="image size and normalisation are not the network's"):
+        posthoc.explain(network("resnet18", "random", image_size=32), digits)
+
+
 def test_the_same_settings_give_the_same_prototypes(resnet, photos, explained):
     again = posthoc.explain(resnet, photos, prototypes_per_class=3, held_out=0.25, restarts=2, device="cpu", report=str)
     assert again.dataset.test.names == explained.dataset.test.names
