@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
 
@@ -99,7 +98,7 @@ class Explained:
         self.h: dict[str, torch.Tensor] = {}
         self.nearest: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.shared: dict[int, torch.Tensor] = {}
-        self.table = pd.DataFrame()
+        self.table = None
         self._patches: dict[tuple[int, int, int], Patch] = {}
         self._seen: dict[bytes, Seen] = {}
 
@@ -560,8 +559,10 @@ def _shared(maps: torch.Tensor, labels: torch.Tensor, prototypes: Prototypes) ->
     return counts
 
 
-def _table(explained: Explained, z: dict[str, torch.Tensor], report) -> pd.DataFrame:
-    """Table 1 and 2 for this network and folder; one row for each model."""
+def _table(explained: Explained, z: dict[str, torch.Tensor], report):
+    """Tables 1 and 2 for this network and folder as a DataFrame; one row for each model."""
+    import pandas as pd
+
     dataset, network = explained.dataset, explained.network
     word = "agreement" if explained.predictions_as_labels else "accuracy"
     labels = {split: dataset.split(split).labels for split in z}
