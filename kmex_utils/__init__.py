@@ -11,6 +11,7 @@ A module, a notebook and a section of the paper share a word:
 ``backbones``      blocks, average pool, linear classifier (eq. 1, 2, 6)
 ``training``       the KMEx recipe, resumable
 ``activations``    block outputs x(b) and embeddings z of a data set
+``networks``       any network by name or module, as blocks; Theorem 1 for each
 ``composite``      q(b:) (eq. 7, 8), materialised and as an operator
 ``kmeans``         class-wise k-means on either
 ``explainers``     h, sim, proj (eq. 3): CNN, KMEx, B4 ... B1234, ProtoPNet
@@ -20,6 +21,11 @@ A module, a notebook and a section of the paper share a word:
 ``tables``         the published numbers beside ours
 ``runs``           what one training run leaves behind
 ``figures``        Figures 1 and 2
+``images``         your own folder: reading, labels, split
+``explorer``       Figure 1 to play with in JupyterLab
+``report``         one HTML file to send
+``export``         maps and tables of a whole folder
+``posthoc``        your own network and images in a few lines; from the shell
 ``batch``          runs every notebook over data sets and seeds
 =================  ==========================================================
 """

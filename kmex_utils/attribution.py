@@ -73,19 +73,26 @@ def attributions(
     dict
         start block -> [N, H_b, W_b].
     """
-    if start not in ("segments", "raw"):
-        raise ValueError(f"start must be 'segments' or 'raw', got {start!r}")
     last, shallowest = len(activations), min(explainers)
     missing = [b for b in range(shallowest, last + 1) if b not in explainers]
     if missing:
         raise ValueError(f"attribution down to block {shallowest} also needs the prototypes from block(s) {missing}")
-    maps = {}
     att = attribution(activations[-1], c.to(activations[-1])[target])
-    for b in range(last, shallowest - 1, -1):
-        explainer = explainers[b]
+    segments = {b: explainer.sim(explainer.h(activations)) for b, explainer in explainers.items()}
+    return carried(att, segments, explainers[last].normalisation.align_corners, start=start)
+
+
+def carried(
+    att: torch.Tensor, segments: Mapping[int, torch.Tensor], align_corners: bool = False, *, start: str = "segments"
+) -> dict[int, torch.Tensor]:
+    """Eq. 11 of the last block, [N, H, W], carried up to every block with ``segments`` q_s(b:) [N, H_b, W_b]."""
+    if start not in ("segments", "raw"):
+        raise ValueError(f"start must be 'segments' or 'raw', got {start!r}")
+    last, maps = max(segments), {}
+    for b in sorted(segments, reverse=True):
         if b < last:
-            att = upsample(att, activations[b - 1].shape[2:], explainer.normalisation.align_corners)
+            att = upsample(att, segments[b].shape[1:], align_corners)
         if b < last or start == "segments":
-            att = segment_mean(att, explainer.sim(explainer.h(activations)))
+            att = segment_mean(att, segments[b])
         maps[b] = att
     return maps

@@ -1,4 +1,4 @@
-"""The network of eq. 1, 2 and 6: blocks f_1 … f_B, average pool, bias-free linear classifier."""
+"""The network of eq. 1, 2 and 6: blocks f_1 … f_B, average pool, linear classifier."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,8 @@ class Backbone(nn.Module):
     blocks
         f_1 … f_B; block b maps x(b-1) to x(b) [N, D_b, H_b, W_b].
     classifier
-        The linear layer [D_B -> C]; its weight's rows are the paper's columns c_j. A bias is refused: eq. 2 has none.
+        The linear layer [D_B -> C]; its weight's rows are the paper's columns c_j. Eq. 2 omits the bias "without loss
+        of generality"; one may be there, see :class:`~kmex_utils.explainers.CNNAsSEM`.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], classifier: nn.Linear) -> None:
@@ -25,15 +26,20 @@ class Backbone(nn.Module):
                 f"the head is a {type(classifier).__name__}, not one linear layer: Theorem 1 holds for "
                 "average pool + linear only"
             )
-        if classifier.bias is not None:
-            raise ValueError("the classifier has a bias; eq. 2 is stated without: build it with bias=False")
         self.blocks = nn.ModuleList(blocks)
         self.classifier = classifier
+
+    pooled_linear = True  # y is a linear function of avg.pool(h): Theorem 1 and eq. 11 hold
 
     @property
     def c(self) -> torch.Tensor:
         """The classifier's columns c_j, [C, D]."""
         return self.classifier.weight
+
+    @property
+    def b(self) -> torch.Tensor | None:
+        """The classifier's bias, [C], or None."""
+        return self.classifier.bias
 
     def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x(1) … x(B), each [N, D_b, H_b, W_b]; the last is the encoder's output h."""
@@ -43,9 +49,14 @@ class Backbone(nn.Module):
             outputs.append(x)
         return outputs
 
+    def outputs(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """x(1) … x(B) and the prediction y [N, C] of one pass."""
+        outputs = self.activations(x)
+        return outputs, self.classifier(avg_pool(outputs[-1]))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Y = clf(avg.pool(enc(x))), [N, C]."""
-        return self.classifier(avg_pool(self.activations(x)[-1]))
+        return self.outputs(x)[1]
 
 
 def avg_pool(h: torch.Tensor) -> torch.Tensor:
@@ -87,13 +98,14 @@ def resnet(arch: str = "resnet34", classes: int = 10, weights: str = "scratch", 
         network = get_model(arch, weights=None)
         classifier = nn.Linear(network.fc.in_features, classes, bias=False)
     if weights == "imagenet":
-        network.load_state_dict(_imagenet_weights(arch))
+        network.load_state_dict(imagenet_weights(arch))
     stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
     blocks = [nn.Sequential(*stem, network.layer1), network.layer2, network.layer3, network.layer4]
     return Backbone(blocks, classifier).to(memory_format=torch.channels_last)
 
 
-def _imagenet_weights(arch: str) -> dict[str, torch.Tensor]:
+def imagenet_weights(arch: str) -> dict[str, torch.Tensor]:
+    """Torchvision's IMAGENET1K_V1 state dict; one line names the file to put in place without a network."""
     from torchvision.models import get_model_weights
 
     weights = get_model_weights(arch)["IMAGENET1K_V1"]

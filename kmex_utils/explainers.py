@@ -45,14 +45,20 @@ class Explainer(ABC):
 
 
 class CNNAsSEM(Explainer):
-    """The CNN itself (Theorem 1): prototypes are the classifier's columns c_j [C, D]."""
+    """The CNN itself (Theorem 1): prototypes are the classifier's columns c_j [C, D].
 
-    def __init__(self, c: torch.Tensor) -> None:
-        self.c = c.detach()
+    With a bias b [C], h gets one channel more that is 1 everywhere and c_j the entry b_j there. The average pool keeps
+    the 1, so y_j = z · c_j + b_j has the form of eq. 2 without bias: nothing is lost by leaving it out.
+    """
+
+    def __init__(self, c: torch.Tensor, b: torch.Tensor | None = None) -> None:
+        self.c = c.detach() if b is None else torch.cat([c, b[:, None]], 1).detach()
+        self.constant = b is not None
 
     def h(self, activations: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The encoder's output, [N, R, D]."""
-        return activations[-1].flatten(2).transpose(1, 2)
+        """The encoder's output, [N, R, D], or [N, R, D + 1] with the constant channel."""
+        h = activations[-1].flatten(2).transpose(1, 2)
+        return torch.cat([h, torch.ones_like(h[..., :1])], 2) if self.constant else h
 
     def sim(self, h: torch.Tensor) -> torch.Tensor:
         """h_r · c_j, [N, R, C]."""

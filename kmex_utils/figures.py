@@ -44,7 +44,7 @@ def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title:
     interpretations
         One per explainer, drawn from left to right (the paper: B4, B234). All attributions share one scale.
     """
-    limit = max(float(np.abs(i.attribution).max()) for i in interpretations) or 1.0
+    limit = max(0.0 if i.attribution is None else float(np.abs(i.attribution).max()) for i in interpretations) or 1.0
     figure = plt.figure(figsize=(5.2 * len(interpretations), 4.2))
     if title:
         figure.suptitle(title)
@@ -63,9 +63,12 @@ def _interpretation_panel(side, image: np.ndarray, found: Interpretation, limit:
     top[0].set_title(f"{found.name}: predicts {_short(found.predicted)}")
     top[1].imshow(_coloured(found), extent=extent)
     top[1].set_title("explanation map")
-    shown = top[2].imshow(found.attribution, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
-    top[2].set_title("attribution")
-    side.colorbar(shown, ax=top[2], shrink=0.8, pad=0.03)
+    if found.attribution is None:
+        top[2].text(0.5, 0.5, "no attribution:\neq. 11 does not hold", ha="center", va="center")
+    else:
+        shown = top[2].imshow(found.attribution, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
+        top[2].set_title("attribution")
+        side.colorbar(shown, ax=top[2], shrink=0.8, pad=0.03)
     for axes in top:
         axes.set_axis_off()
     colours = palette(10)

@@ -30,11 +30,14 @@ class Patch:
 
 @dataclass(frozen=True)
 class Interpretation:
-    """One image by one explainer: ``map`` of prototype indices [H', W'], ``attribution`` [H', W'], patches by size."""
+    """One image by one explainer: ``map`` of prototype indices [H', W'], ``attribution`` [H', W'], patches by size.
+
+    ``attribution`` is None where eq. 11 does not hold: something lies between average pool and linear head.
+    """
 
     name: str
     map: np.ndarray
-    attribution: np.ndarray
+    attribution: np.ndarray | None
     patches: tuple[Patch, ...]
     predicted: str
 
@@ -61,11 +64,10 @@ def interpret(
     target
         Class to attribute to; None takes the backbone's prediction.
     """
-    x = backbone.activations(dataset.normalise(pixels[None]))
-    y = backbone.classifier(x[-1].mean((2, 3)))
+    x, y = backbone.outputs(dataset.normalise(pixels[None]))
     j = y.argmax(1) if target is None else torch.tensor([target])
     needed = {b: e for b, e in explainers.items() if b >= min(start_blocks)}
-    att = attributions(x, backbone.c, j, needed, start=attribution_start)
+    att = attributions(x, backbone.c, j, needed, start=attribution_start) if backbone.pooled_linear else None
     found = []
     for b in start_blocks:
         explainer = explainers[b]
@@ -75,7 +77,7 @@ def interpret(
             Interpretation(
                 block_name(b, len(x)),
                 q_s[0].numpy(),
-                att[b][0].numpy(),
+                att[b][0].numpy() if att else None,
                 _patches(backbone, dataset, explainer, q_s[0], max_patches),
                 dataset.classes[int(votes.argmax())],
             )

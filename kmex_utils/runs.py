@@ -34,6 +34,16 @@ class Run:
             raise ValueError(f"dataset {dataset!r} cannot name a folder: use letters, digits, - and _")
         return cls(paths.resolve(runs), dataset, seed)
 
+    @classmethod
+    def of_weights(cls, path: Path) -> "Run":
+        """The run that a ``backbone.safetensors`` belongs to."""
+        seed = path.parent.name.removeprefix("seed-")
+        if path.name != "backbone.safetensors" or not seed.isdigit():
+            raise ValueError(f"{path} is not of notebook 1: name the model and give this file as its weights")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: run notebook 01_train, or give a model's name and weights")
+        return cls(path.parents[2], path.parents[1].name, int(seed))
+
     @property
     def folder(self) -> Path:
         """Where the parts lie."""

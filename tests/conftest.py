@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(items):
     """The slow ones last, so that a broken equation shows first."""
-    items.sort(key=lambda item: len({"notebook", "batch"} & {mark.name for mark in item.iter_markers()}))
+    items.sort(key=lambda item: len({"notebook", "batch", "browser"} & {mark.name for mark in item.iter_markers()}))
 
 
 @pytest.fixture

@@ -152,8 +152,9 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 import kmex_utils
-from kmex_utils import (activations, attribution, backbones, composite, datasets, explainers, hardware, interpretation,
-                        kmeans, measures, parameters, paths, protopnet, runs, store, training)
+from kmex_utils import (activations, attribution, backbones, composite, datasets, explainers, export, hardware, images,
+                        interpretation, kmeans, measures, networks, parameters, paths, posthoc, protopnet, runs, store,
+                        subsets, training)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

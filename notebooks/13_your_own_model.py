@@ -1,0 +1,165 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 13. Your own model, your own images
+#
+# The paper's explanations are computed after training, from a frozen network. So they need nothing but a network of
+# the form of eq. 1 and 2,
+#
+# $$x \xrightarrow{\;\mathrm{enc}\;} h \xrightarrow{\;\mathrm{avg.\,pool}\;} z \xrightarrow{\;\mathrm{clf}\;} y,$$
+#
+# and a folder of images. With the defaults, this notebook explains the network that notebook 1 trained on the embedded
+# digits; name a model and a folder to explain yours.
+
+# %% tags=["parameters"]
+model: str = "runs/mnist-mini/seed-0/backbone.safetensors"  # a torchvision name, timm/<name>, or notebook 1's weights
+checkpoint: str = ""  # file with a state dict for a model by name; empty: imagenet
+classes: str = ""  # text file with the names of the network's classes, one a line; empty: known, or numbers
+blocks: list[str] = []  # modules that end the blocks; empty: the last output at each resolution
+head: str = ""  # the linear layer; empty: the last one
+folder: str = ""  # <class>/*, or train/ and test/ with <class>/*, or images alone; empty: as in notebook 1
+image_size: int = 0  # pixels; 0: the weights' own
+fit: str = ""  # crop (the centre square) or stretch; empty: crop, or as notebook 1 does for its own weights
+start_block: int = 0  # the shallowest block to explain from; 0: the last three blocks (B234 of four)
+prototypes_per_class: int = 5  # K/C, the same for every class
+held_out: float = 0.2  # share of each class kept from the prototypes where the folder has no test/
+restarts: int = 3  # of k-means; the best is kept
+seed: int = 0  # of k-means and of the held-out images
+image: str = ""  # index or name of the image looked at; empty: the first held-out one
+target: str = ""  # class to attribute to; empty: the network's prediction
+device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
+out: str = "runs/your-own-model"  # prototypes, table, report and export go here
+
+# %%
+from kmex_utils import parameters
+
+settings = parameters.check(globals())
+
+# %% [markdown]
+# ## The network
+#
+# It is run once on noise and watched: the head is the last linear layer, $h$ what the last average pool before it
+# averages, and the blocks $x^{(1)}, x^{(2)}, \dots$ are the last outputs at each resolution on the way there.
+
+# %%
+import pandas as pd
+import torch
+
+from kmex_utils import paths, posthoc
+
+path = paths.resolve(model)
+network = posthoc.network(
+    path if path.suffix == ".safetensors" else model,
+    checkpoint,
+    classes=classes,
+    blocks=blocks,
+    head=head,
+    image_size=image_size,
+    fit=fit,
+)
+x, y = network.outputs(torch.zeros(1, 3, network.image_size, network.image_size))
+shapes = [(name, u.shape[1], f"{u.shape[2]} x {u.shape[3]}") for name, u in zip(network.blocks, x, strict=True)]
+numbers = [f"B{b}" for b in range(1, len(x) + 1)]
+pd.DataFrame(shapes, numbers, ["ends at", "channels", "positions"])
+
+# %% [markdown]
+# ## Theorem 1, checked
+#
+# Most heads have a bias. The paper omits it "without loss of generality": give $h$ one channel more that is 1
+# everywhere and $c_j$ the entry $b_j$ there; the average pool keeps the 1, and $y_j = z \cdot c_j + b_j$ has the form
+# of eq. 2 again. So both sides of eq. 5 must agree up to rounding. Where something lies between pool and head, the
+# theorem and eq. 11 do not hold; the k-means explanations do.
+
+# %%
+from kmex_utils.networks import theorem1_residual
+
+noise = torch.randn(4, 3, network.image_size, network.image_size, generator=torch.Generator().manual_seed(seed))
+if network.pooled_linear:
+    residual = theorem1_residual(network, noise)
+    print(f"bias: {network.b is not None}; largest difference, relative to the largest score: {residual:.1e}")
+    assert residual < 1e-4
+else:
+    print(f"Theorem 1 does not hold: {network.between}")
+
+# %% [markdown]
+# ## Prototypes
+#
+# Class-wise k-means on the embeddings (KMEx) and on the composite of the last blocks (B4, B34 …), as in notebooks 3 and
+# 4. Without labels, the network's own predictions stand in for them.
+
+# %%
+from kmex_utils.runs import Run
+
+images = paths.resolve(folder) if folder else Run.of_weights(path).load_dataset()
+explained = posthoc.explain(
+    network,
+    images,
+    start_block=start_block,
+    prototypes_per_class=prototypes_per_class,
+    held_out=held_out,
+    restarts=restarts,
+    seed=seed,
+    device=device,
+)
+explained
+
+# %% [markdown]
+# Cosines as in Table 1, accuracy as in Table 2 (agreement with the network where there are no labels).
+
+# %%
+explained.table.round(2)
+
+# %% [markdown]
+# ## Prototypes of a class
+#
+# The training patch nearest to each prototype of the first class, and in how many of the class's images it appears.
+
+# %%
+from kmex_utils import figures
+
+shallowest = explained.start_blocks[-1]
+own = (explained.explainers[shallowest].prototypes.labels == 0).nonzero().flatten().tolist()[:10]
+patches = [explained.patch(shallowest, k).pixels for k in own]
+figures.image_grid(patches, ["{} of {}".format(*explained.sharing(shallowest, k)) for k in own])
+# %% [markdown]
+# ## One image
+#
+# Figure 1 for an image of the folder, from the last block and from the shallowest.
+
+# %%
+which = int(image) if image.isdigit() else image or 0
+explained.panel(which, target=target)
+# %% [markdown]
+# ## Explore
+#
+# Choose an image, a start block and the class of the attribution. Hover over a segment to see its prototype, click it
+# to see more of its patches. (Where widgets cannot run, a still view stands here.)
+
+# %%
+explorer = explained.explorer(which)
+explorer
+# %% [markdown]
+# ## Keep and send
+#
+# The prototypes with their settings, and a report: one HTML file that needs no network. `explained.export(…)` writes
+# maps, attributions and tables of a whole folder to Parquet and NPZ.
+
+# %%
+results = explained.save(paths.resolve(out))
+some = range(min(4, len(explained.names)))
+report = explained.report(results / "report.html", [which, *(i for i in some if i != which)], overwrite=True)
+print(f"{report.name}: {report.stat().st_size / 1e6:.1f} MB, beside the prototypes in {results}")
