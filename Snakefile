@@ -34,6 +34,7 @@ TAKES = {  # parameters a data set's entry in the configuration may set, beside 
     "07_accuracy": [],
     "08_umap": ["group"],
     "09_interpretation": ["image", "target", "attribution_start"],
+    "10_subset": ["fractions", "draws", "restarts", "device"],
 }  # fmt: skip
 
 
@@ -250,6 +251,52 @@ rule interpretation:
         "Figure 1: {wildcards.dataset}"
     shell:
         papermill("09_interpretation")
+
+
+rule subset:
+    """10: how many images the prototypes need; asked for by `extras`."""
+    input:
+        expand(f"{RUN}/backbone.safetensors", seed=SEEDS, allow_missing=True),
+        code=code("10_subset", "subsets", "kmeans", "composite", "explainers"),
+    output:
+        f"{TABLES}/subset.csv",
+        f"{TABLES}/subset.png",
+        f"{TABLES}/subset.pdf",
+    params:
+        given=given("10_subset", seeds=SEEDS, threads=config["threads"], figures_folder=FIGURES),
+    log:
+        f"{DATA}/notebooks/10_subset.ipynb",
+    threads: config["threads"]
+    message:
+        "subsets: {wildcards.dataset}"
+    shell:
+        papermill("10_subset")
+
+
+rule scaling:
+    """11: what it costs on this machine, which it wants for itself; asked for by `extras`."""
+    input:
+        code=code("11_scaling", "scaling", "kmeans", "composite", "explainers"),
+    output:
+        f"{FIGURES}/scaling/fit.csv",
+        f"{FIGURES}/scaling/explain.csv",
+        f"{FIGURES}/scaling/stream.csv",
+    params:
+        given=shlex.quote(json.dumps({"figures_folder": FIGURES})),
+    log:
+        f"{RUNS}/scaling/notebooks/11_scaling.ipynb",
+    threads: workflow.cores
+    message:
+        "scaling"
+    shell:
+        papermill("11_scaling")
+
+
+rule extras:
+    """What goes beyond the paper: subsets and scaling."""
+    input:
+        expand(f"{TABLES}/subset.csv", dataset=DATASETS),
+        f"{FIGURES}/scaling/fit.csv",
 
 
 rule html:

@@ -538,7 +538,7 @@ def _nearest(rows_of, labels: torch.Tensor, prototypes: Prototypes, count: int) 
         best = torch.full((len(index), len(own)), torch.inf, device=rows.device)
         where = torch.zeros((len(index), len(own)), dtype=torch.int64, device=rows.device)
         for span, chunk in rows.chunks():
-            distance = chunk.squared[:, None] - 2 * chunk.dots(p)
+            distance = (chunk.squared - 2 * chunk.dots(p)).T
             image, position = rows.locate(torch.arange(span.start, span.stop, device=rows.device))
             best.scatter_reduce_(0, image[:, None].expand_as(distance), distance, "amin")
             row, k = torch.nonzero(distance <= best[image], as_tuple=True)

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import pandas as pd
 import torch
 from sklearn.metrics import adjusted_rand_score
 
@@ -50,13 +50,13 @@ def study(
     prototypes_per_class: int = 0,
     restarts: int = 10,
     device: torch.device | str = "cpu",
-) -> pd.DataFrame:
+) -> list[dict[str, Any]]:
     """Fit KMEx and the explainers of some start blocks on fractions of the training images.
 
     Returns
     -------
-    DataFrame
-        One row for each model, fraction and draw: ``images`` used, ``accuracy`` on the test images in %, ``inertia`` of
+    list of dict
+        One for each model, fraction and draw: ``images`` used, ``accuracy`` on the test images in %, ``inertia`` of
         all training rows relative to the fit on all of them, ``agreement`` with that fit (adjusted Rand index of the
         training rows' prototypes), ``seconds`` of clustering.
     """
@@ -65,10 +65,10 @@ def study(
     x = {s: keep(backbone, dataset, s, min([*start_blocks, last]), device=device) for s in ("train", "test")}
     ways = [_kmex(x, last, classes)]
     ways += [_encoder(x, b, last, classes, float64_device(torch.device(device))) for b in sorted(start_blocks)[::-1]]
-    records = []
+    records: list[dict[str, Any]] = []
     for way in ways:
         records += _study(way, dataset, fractions, draws, per_class, seed, restarts)
-    return pd.DataFrame(records)
+    return records
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _study(
     per_class: int,
     seed: int,
     restarts: int,
-) -> Iterator[dict]:
+) -> Iterator[dict[str, Any]]:
     labels, classes = dataset.train.labels, dataset.classes
     members = [(labels == c).nonzero().flatten() for c in range(len(classes))]
     check_enough(members, classes, per_class, way.rows_of)

@@ -60,11 +60,11 @@ import pandas as pd
 from kmex_utils.runs import Run, trained_seeds
 
 options = {"prototypes_per_class": prototypes_per_class, "restarts": restarts, "device": device}
-parts = []
+found = []
 for seed in seeds or trained_seeds(runs, dataset):
     run = Run.of(runs, dataset, seed)
-    parts.append(study(run.backbone(), run.load_dataset(), fractions, draws, start_blocks, seed=seed, **options))
-records = pd.concat(parts, ignore_index=True)
+    found += study(run.backbone(), run.load_dataset(), fractions, draws, start_blocks, seed=seed, **options)
+records = pd.DataFrame(found)
 
 # %%
 columns = ["accuracy", "inertia", "agreement", "seconds"]

@@ -1,4 +1,4 @@
-"""Notebook 13 in a real JupyterLab in a real Chromium: run all, move every control, click a segment, compare."""
+"""Notebook 12 in a real JupyterLab in a real Chromium: run all, move every control, click a segment, compare."""
 
 import os
 import shutil
@@ -43,9 +43,9 @@ def material(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def notebook(material):
-    """Notebook 13 with its parameters set, not yet run."""
+    """Notebook 12 with its parameters set, not yet run."""
     given = GIVEN | {name: str(material / file) for name, file in PATHS.items()}
-    source = paths.NOTEBOOKS / "13_your_own_model.ipynb"
+    source = paths.NOTEBOOKS / "12_your_own_model.ipynb"
     papermill.execute_notebook(str(source), str(material / "own.ipynb"), given, prepare_only=True, progress_bar=False)
     return "own.ipynb"
 

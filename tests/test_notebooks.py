@@ -18,7 +18,11 @@ TINY = {
     "05_protopnet": dict(prototypes_per_class=2, warm_epochs=2, joint_epochs=1, last_passes=2, batch_size=20, image=3),
     "08_umap": dict(group="0,1,2", images_per_class=15),
     "09_interpretation": dict(image=3),
+    "10_subset": dict(fractions=[0.5, 1.0], draws=1, start_blocks=[4], prototypes_per_class=2, restarts=2, seeds=[3]),
+    "11_scaling": dict(repeats=1, images=[], prototypes_per_class=[], start_blocks=[], class_images=2, restarts=2)
+    | dict(batch=1, prototypes=32, explanation_repeats=1, gradient_steps=2, stream_rows=[2000, 4000]),
 }
+ON_THEIR_OWN = ["11_scaling", "12_your_own_model"]
 
 
 def test_the_story_is_complete():
@@ -32,7 +36,9 @@ def test_the_story_is_complete():
         "07_accuracy",
         "08_umap",
         "09_interpretation",
-        "13_your_own_model",
+        "10_subset",
+        "11_scaling",
+        "12_your_own_model",
     ]
 
 
@@ -65,11 +71,13 @@ def execute(name, where, **parameters):
 def story(tmp_path_factory):
     """All notebooks, in order, for one seed."""
     folder = tmp_path_factory.mktemp("story")
-    for name in ALL[:-1]:
+    for name in ALL:
+        if name in ON_THEIR_OWN:
+            continue
         given = {"dataset": "mnist-mini", "runs": str(folder / "runs"), **TINY.get(name, {})}
         if name >= "06":
             given["figures_folder"] = str(folder / "figures")
-        if name not in ("06_alignment", "07_accuracy"):
+        if name not in ("06_alignment", "07_accuracy", "10_subset"):
             given["seed"] = 3
         execute(name, folder, **given)
     return folder
@@ -141,6 +149,29 @@ def test_figures_of_protopnet(story):
 
 
 @pytest.mark.notebook
+def test_subset_study(story):
+    records = pd.read_csv(story / "figures" / "mnist-mini" / "subset.csv")
+    assert set(records.model) == {"KMEx", "B4"} and set(records.fraction) == {0.5, 1.0}
+    assert (records.inertia[records.fraction == 0.5] > 1).all()
+    assert records.accuracy.between(0, 100).all() and records.agreement.between(-1, 1).all()
+
+
+@pytest.mark.notebook
+def test_scaling(tmp_path):
+    execute("11_scaling", tmp_path, figures_folder=str(tmp_path), **TINY["11_scaling"])
+    fit = pd.read_csv(tmp_path / "scaling" / "fit.csv")
+    columns = "case n_rows n_channels k restarts ours_s sklearn_s faiss_s sklearn_over_ours ours_mib sklearn_mib"
+    assert list(fit)[:13] == [*columns.split(), "ours_inertia", "sklearn_inertia"]
+    assert fit.case.tolist() == ["cub-class"] and fit.n_rows.tolist() == [2 * 784]
+    assert fit.ours_inertia[0] == pytest.approx(fit.sklearn_inertia[0], rel=0.05)
+    explain = pd.read_csv(tmp_path / "scaling" / "explain.csv").set_index("method")
+    assert {"ours", "naive", "grad-cam", "integrated-gradients"} < set(explain.index)
+    assert explain.over_forward["forward"] == 1
+    stream = pd.read_csv(tmp_path / "scaling" / "stream.csv")
+    assert stream.n_rows.tolist() == [3 * 784, 6 * 784]
+
+
+@pytest.mark.notebook
 def test_own_images_through_the_same_notebooks(folder, tmp_path):
     given = {"dataset": "my-birds", "runs": str(tmp_path / "runs")}
     small = {"image_size": 32, "arch": "resnet18", "weights": "scratch", "epochs": 1, "batch_size": 6}
@@ -153,7 +184,7 @@ def test_own_images_through_the_same_notebooks(folder, tmp_path):
 @pytest.mark.notebook
 def test_your_own_model_on_notebook_1s_data(story):
     weights = story / "runs" / "mnist-mini" / "seed-3" / "backbone.safetensors"
-    execute("13_your_own_model", story, model=str(weights), out=str(story / "own"), restarts=1, prototypes_per_class=2)
+    execute("12_your_own_model", story, model=str(weights), out=str(story / "own"), restarts=1, prototypes_per_class=2)
     table = pd.read_csv(story / "own" / "table.csv").set_index("model")
     train, encoder = results(story, "train"), results(story, "encoder")
     columns = {"train": "accuracy, images of the prototypes (%)", "test": "accuracy, held out (%)"}
@@ -166,7 +197,7 @@ def test_your_own_model_on_notebook_1s_data(story):
 @pytest.mark.notebook
 def test_your_own_model_by_name_on_a_folder(folder, tmp_path):
     given = {"model": "resnet18", "checkpoint": "random", "image_size": 32, "prototypes_per_class": 2, "restarts": 1}
-    executed = execute("13_your_own_model", tmp_path, folder=str(folder), out=str(tmp_path / "own"), **given)
+    executed = execute("12_your_own_model", tmp_path, folder=str(folder), out=str(tmp_path / "own"), **given)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     assert not any(output.output_type == "error" for output in outputs)
     still = [output for output in outputs if "kmex-still" in output.get("data", {}).get("text/html", "")]

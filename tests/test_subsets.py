@@ -30,9 +30,8 @@ def test_draws_are_the_same_share_of_every_class(digits, fraction, expected):
 
 
 def test_study_measures_what_it_says(backbone, digits):
-    records = subsets.study(backbone, digits, [0.5, 1.0], 2, [4], seed=3, prototypes_per_class=2, restarts=2).set_index(
-        ["model", "fraction", "draw"]
-    )
+    found = subsets.study(backbone, digits, [0.5, 1.0], 2, [4], seed=3, prototypes_per_class=2, restarts=2)
+    records = pd.DataFrame(found).set_index(["model", "fraction", "draw"])
     assert set(records.index.get_level_values("model")) == {"KMEx", "B4"}
     assert (records.images.xs(0.5, level="fraction") == 18).all()
     assert (records.images.xs(1.0, level="fraction") == 36).all()

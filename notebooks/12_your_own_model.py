@@ -15,7 +15,7 @@
 # ---
 
 # %% [markdown]
-# # 13. Your own model, your own images
+# # 12. Your own model, your own images
 #
 # The paper's explanations are computed after training, from a frozen network. So they need nothing but a network of
 # the form of eq. 1 and 2,
