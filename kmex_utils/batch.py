@@ -48,7 +48,7 @@ def run(config: Path, runs: Path, figures: Path, options: list[str]) -> int:
     always += ["--directory", str(paths.ROOT), "--nolock", "--rerun-incomplete", "--quiet", "host"]
     with lock:
         try:
-            snakemake([*always, *options])
+            snakemake([*options, *always])
             status = 0
         except SystemExit as end:
             status = int(end.code or 0)

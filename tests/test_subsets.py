@@ -1,5 +1,6 @@
 """Fractions of the training images: what is drawn, and that the study's numbers are what they say."""
 
+import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
