@@ -77,10 +77,12 @@ def _assigned(source: str) -> list[str]:
 def _typed(name: str, kind: str, value: Any) -> Any:
     if kind.startswith("list["):
         if not isinstance(value, list | tuple):
-            raise ValueError(f"parameter {name} must be a {kind}, got {value!r} ({type(value).__name__})")
+            hint = f"; from the shell: papermill -y '{name}: [1, 2]'" if isinstance(value, str) else ""
+            raise ValueError(f"parameter {name} must be a {kind}, got {value!r} ({type(value).__name__}){hint}")
         return [_typed(name, kind.removeprefix("list[").removesuffix("]"), item) for item in value]
     if kind == "float" and type(value) is int:
         value = float(value)
     if type(value).__name__ != kind:
-        raise ValueError(f"parameter {name} must be of type {kind}, got {value!r} ({type(value).__name__})")
+        hint = f"; from the shell: papermill -r {name} {value}" if kind == "str" else ""
+        raise ValueError(f"parameter {name} must be of type {kind}, got {value!r} ({type(value).__name__}){hint}")
     return value
