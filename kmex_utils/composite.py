@@ -113,18 +113,18 @@ class _Block:
         self.both_axes = None if both is None else both.to(x)
         factor = normalisation.factor(self.channels)
         if normalisation.norm == "channel":
-            x = x * _inverse(self._squared_lengths_of_channels(x)).sqrt()[:, :, None, None]
+            x = x * _inverse_root(self._squared_lengths_of_channels(x))[:, :, None, None]
         self.x = x.permute(0, 2, 3, 1).reshape(-1, self.channels)  # no copy of channels-last activations
         squared = self._squared_lengths_of_rows()
         match normalisation.norm:
             case "position":
-                s = factor * _inverse(squared).sqrt()
+                s = factor * _inverse_root(squared)
             case "image":
-                s = factor * _inverse(squared.sum(1, keepdim=True)).sqrt().expand_as(squared)
+                s = factor * _inverse_root(squared.sum(1, keepdim=True)).expand_as(squared)
             case "channel":
                 s = torch.full_like(squared, factor)
         self.s = s.flatten()
-        self.squared = self.s**2 * squared.flatten()
+        self.squared = (self.s * squared.flatten().sqrt()) ** 2
 
     def _squared_lengths_of_channels(self, x: torch.Tensor) -> torch.Tensor:
         """||u_c||² over positions, [n, D], as x_cᵀ (AᵀA) x_c."""
@@ -190,8 +190,8 @@ class _Block:
         return F.embedding_bag(index.flatten(), self.x, starts, mode="sum", per_sample_weights=weights.flatten())
 
 
-def _inverse(squared: torch.Tensor) -> torch.Tensor:
-    return torch.where(squared > 0, 1 / squared, 0)
+def _inverse_root(squared: torch.Tensor) -> torch.Tensor:
+    return torch.where(squared > 0, squared.rsqrt(), 0)
 
 
 def _dots(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -264,8 +264,9 @@ class CompositeRows:
     Parameters
     ----------
     read
-        Gives x(b) of images start … stop as [n, D_b, H_b, W_b] each, shallowest block first; called once per pass
-        over the data, or once at all with ``keep``. A list of such tensors stands for all images in memory.
+        Gives x(b) of images start … stop as [n, D_b, H_b, W_b] each, shallowest block first. Called for the first
+        image, then in order for each pass over the data (for one pass with ``keep``), and without ``keep`` for the
+        single images that k-means++ draws. A list of such tensors stands for all images in memory.
     images
         How many there are; not needed with a list.
     keep
@@ -293,6 +294,7 @@ class CompositeRows:
         self.normalisation = normalisation
         first = read(0, 1)
         self.grid = tuple(first[0].shape[2:])
+        self.origin = first[0].new_zeros(())
         self._channels = [x.shape[1] for x in first]
         self.dim = sum(self._channels)
         self.device, self._dtype = first[0].device, first[0].dtype

@@ -25,6 +25,7 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
         torch.backends.cudnn.deterministic = True  # same settings, same tables
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on every GPU
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here ({reason}); use auto, cpu, cuda or mps") from None

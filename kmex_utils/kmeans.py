@@ -7,7 +7,7 @@ implementation serves the dense z (:class:`DenseRows`) and the never-built compo
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,10 +36,14 @@ class Chunk(Protocol):
 
 
 class Rows(Protocol):
-    """n points of dimension D, read in chunks; what k-means needs to know of them."""
+    """n points of dimension D, read in chunks; what k-means needs to know of them.
+
+    Everything is measured from ``origin`` ([D] or []): rows far from zero and close together keep their distances.
+    """
 
     dim: int
     device: torch.device
+    origin: torch.Tensor
 
     def __len__(self) -> int:
         """The number of rows n."""
@@ -48,7 +52,7 @@ class Rows(Protocol):
         """One pass over all rows."""
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """The rows of an index, [n, D]."""
+        """The rows of an index, [n, D], from the origin."""
 
     def locate(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Image and position on its grid of the rows of an index."""
@@ -71,15 +75,16 @@ class _DenseChunk:
 
 
 class DenseRows:
-    """The rows of a matrix [n, D], one for each image."""
+    """The rows of a matrix [n, D], one for each image, measured from their mean."""
 
     def __init__(self, matrix: torch.Tensor, rows_per_chunk: int = 0) -> None:
         if not torch.isfinite(matrix).all():
             raise ValueError("the embeddings hold NaN or infinite values: check the images and the weights")
-        self.matrix = matrix
         self.dim = matrix.shape[1]
         self.device = matrix.device
-        self._chunks = [_DenseChunk(part) for part in matrix.split(rows_per_chunk or rows_at_once(matrix.device))]
+        self.origin = matrix.mean(0) if len(matrix) else matrix.new_zeros(())
+        self.matrix = matrix - self.origin
+        self._chunks = [_DenseChunk(part) for part in self.matrix.split(rows_per_chunk or rows_at_once(self.device))]
 
     def __len__(self) -> int:
         return len(self.matrix)
@@ -92,7 +97,7 @@ class DenseRows:
             start += len(chunk.matrix)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """Some rows, [n, D]."""
+        """Some rows, [n, D], from the origin."""
         return self.matrix[index]
 
     def locate(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,14 +152,15 @@ def kmeans(
     if start is None:
         centroids = _plus_plus(rows, k, restarts, generator)
     else:
-        centroids = start[None].to(rows.device, copy=True)
+        centroids = start[None].to(rows.device) - rows.origin
     threshold = tolerance * _mean_variance(rows)
-    return _lloyd(rows, centroids, max_iterations, threshold)
+    found = _lloyd(rows, centroids, max_iterations, threshold)
+    return replace(found, centroids=found.centroids + rows.origin)
 
 
 def inertia(rows: Rows, centroids: torch.Tensor) -> float:
     """The sum of squared distances of all rows to the closest of some centroids [K, D]."""
-    return float(_assess(rows, centroids[None].to(rows.device))[0])
+    return float(_assess(rows, (centroids.to(rows.device) - rows.origin)[None])[0])
 
 
 def _lloyd(rows: Rows, centroids: torch.Tensor, max_iterations: int, threshold: float) -> Clusters:
@@ -296,7 +302,12 @@ def _draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def _shrink(rows: Rows, centroids: torch.Tensor, closest: torch.Tensor) -> None:
     """Lower ``closest`` [R, n] to the squared distance to one more centroid of each restart, [R, D]."""
-    for span, distance in _squared_distances(rows, centroids):
+    squared = centroids.square().sum(1, keepdim=True)
+    for span, chunk in rows.chunks():
+        scale = chunk.squared + squared
+        distance = chunk.dots(centroids).mul_(-2).add_(scale)
+        # below the rounding of its terms a distance is zero: a row is not drawn twice
+        distance.masked_fill_(distance <= 4e-7 * scale, 0)
         closest[:, span] = torch.minimum(closest[:, span], distance)
 
 
@@ -304,10 +315,7 @@ def _squared_distances(rows: Rows, p: torch.Tensor) -> Iterator[tuple[slice, tor
     """||p_k - q_r||² chunk by chunk, [K, chunk]."""
     squared = p.square().sum(1, keepdim=True)
     for span, chunk in rows.chunks():
-        scale = chunk.squared + squared
-        distance = chunk.dots(p).mul_(-2).add_(scale)
-        # below the rounding of its terms a distance is zero: a centroid is not drawn twice
-        yield span, distance.masked_fill_(distance <= 4e-7 * scale, 0)
+        yield span, chunk.dots(p).mul_(-2).add_(chunk.squared + squared).clamp_min_(0)
 
 
 def _assess(rows: Rows, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -40,8 +40,9 @@ class Options:
     """Every number of the method, with the authors' default.
 
     ``depth`` D' and ``size`` s of a prototype [D', s, s]; rates are of Adam; ``weight_decay`` is of the features and
-    the add-on; the joint rates are multiplied by ``rate_factor`` every ``rate_step`` joint epochs. Epochs count from 0
-    through both phases; a push follows each epoch from ``push_start`` on that ``push_every`` divides, and the last.
+    the add-on; the joint rates are multiplied by ``rate_factor`` at every ``rate_step``-th joint epoch. Epochs count
+    from 0 through both phases; a push follows each epoch from ``push_start`` on that ``push_every`` divides, and the
+    last.
     ``cross_entropy`` … ``l1`` weigh the terms of the loss. ``frozen_features`` says how the phases that do not train
     the features see them: ``anew``, as the authors do, with augmentation and batch normalisation in training mode; or
     ``once``, computed in evaluation mode and kept in memory. ``affine`` rotates by up to 15° or shears by up to 10°.
@@ -83,6 +84,10 @@ class Options:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.frozen_features not in ("anew", "once"):
             raise ValueError(f"frozen_features must be 'anew' or 'once', got {self.frozen_features!r}")
+
+    def joint_rate(self, epoch: int) -> float:
+        """The factor of the joint rates in an epoch; the authors count a joint epoch before it is trained."""
+        return self.rate_factor ** ((epoch - self.warm_epochs + 1) // self.rate_step)
 
     def plan(self) -> list[tuple[str, int, int]]:
         """The whole schedule: (phase, epoch, pass)."""
@@ -360,9 +365,8 @@ def train(
             record |= {"moved": moved.mean().item(), "distinct": places.shape[1]}
         else:
             if phase == "joint":
-                rate = options.rate_factor ** ((epoch - options.warm_epochs) // options.rate_step)
                 for group in optimizers[phase].param_groups:
-                    group["lr"] = group["initial_rate"] * rate
+                    group["lr"] = group["initial_rate"] * options.joint_rate(epoch)
             record |= _epoch(network, optimizers[phase], source, phase, step, options)
         record["seconds"] = time.perf_counter() - start
         history.append(record)
@@ -427,7 +431,7 @@ class _Source:
     def _begin(self, phase: str, x: torch.Tensor) -> torch.Tensor:
         with (
             torch.set_grad_enabled(phase == "joint"),
-            torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
+            torch.autocast(self.device.type, self.dtype, enabled=phase == "joint" and self.dtype != torch.float32),
         ):
             x = self.network.features(x)
         if phase == "last":

@@ -70,7 +70,12 @@ def _blocks(case: Case) -> list[torch.Tensor]:
 
 
 def _matrix(case: Case) -> np.ndarray:
-    return composite(_blocks(case)).flatten(0, 1).numpy()
+    """The composite's rows, made image by image so that nothing but the matrix itself is large."""
+    size = _size(case)
+    q = np.empty((case.images, size["n_rows"] // case.images, size["n_channels"]), np.float32)
+    for i in range(case.images):
+        q[i] = composite([x[i : i + 1] for x in _blocks(case)])[0].numpy()
+    return q.reshape(-1, size["n_channels"])
 
 
 def fit_ours(case: Case, seed: int) -> float:
@@ -82,7 +87,7 @@ def fit_sklearn(case: Case, seed: int) -> float:
     """Inertia by the materialised composite and scikit-learn's ``KMeans``."""
     from sklearn.cluster import KMeans
 
-    return KMeans(case.k, n_init=case.restarts, random_state=seed).fit(_matrix(case)).inertia_
+    return KMeans(case.k, n_init=case.restarts, random_state=seed, copy_x=False).fit(_matrix(case)).inertia_
 
 
 def fit_minibatch(case: Case, seed: int) -> float:
@@ -96,8 +101,7 @@ def fit_faiss(case: Case, seed: int) -> float:
     """Inertia by the materialised composite and faiss (random starts, 25 iterations, as is its default)."""
     import faiss
 
-    q = np.ascontiguousarray(_matrix(case))
-    # faiss stops no earlier for rows as short as 1/D: lengths near one keep its float32 sums apart
+    q = _matrix(case)
     found = faiss.Kmeans(
         q.shape[1], case.k, nredo=case.restarts, seed=seed, max_points_per_centroid=len(q), min_points_per_centroid=1
     )
@@ -123,10 +127,11 @@ def _prepare(threads: int) -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds, peak memory on top of what was there before (MiB), and what the function returned."""
+    """Seconds, peak memory on top of what was there before and of the whole process (MiB), what was returned."""
 
     seconds: float
     mib: float
+    process_mib: float
     value: float
 
 
@@ -143,14 +148,16 @@ def measure(work: Callable[[], float]) -> Measured:
         while not done.wait(0.002):
             peak = max(peak, process.memory_info().rss)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    start = time.perf_counter()
-    value = work()
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    return Measured(seconds, max(0, peak - before) / 2**20, value)
+    try:
+        start = time.perf_counter()
+        value = work()
+        seconds = time.perf_counter() - start
+    finally:
+        done.set()
+        watcher.join()
+    return Measured(seconds, max(0, peak - before) / 2**20, peak / 2**20, value)
 
 
 def _fit(name: str, case: Case, seed: int) -> Measured:
@@ -314,13 +321,11 @@ def synthetic(images: int, rank: int = 16) -> Callable[[int, int], list[torch.Te
 
 
 def _stream(images: int, k: int, iterations: int) -> dict[str, float]:
-    import psutil
-
     read, images_read = synthetic(images), 0
 
     def counted(start: int, stop: int) -> list[torch.Tensor]:
         nonlocal images_read
-        images_read += stop - start
+        images_read += (stop - start) if stop - start > 1 else 0  # single images are k-means++'s draws
         return read(start, stop)
 
     rows = CompositeRows(counted, Normalisation(), images=images, keep=False)
@@ -330,9 +335,8 @@ def _stream(images: int, k: int, iterations: int) -> dict[str, float]:
         found.append(kmeans(rows, k, restarts=1, max_iterations=iterations, tolerance=0))
         return found[0].inertia
 
-    before = psutil.Process().memory_info().rss / 2**20
     measured = measure(work)
-    passes = images_read // images
+    passes = round(images_read / images)
     return {
         "n_rows": len(rows),
         "n_channels": rows.dim,
@@ -341,12 +345,12 @@ def _stream(images: int, k: int, iterations: int) -> dict[str, float]:
         "passes": passes,
         "seconds": measured.seconds,
         "seconds_per_pass_and_million_rows": measured.seconds / passes / len(rows) * 1e6,
-        "process_peak_mib": before + measured.mib,
+        "process_peak_mib": measured.process_mib,
         "inertia_per_row": found[0].inertia / len(rows),
     }
 
 
-def stream(n_rows: Sequence[int], k: int = 5, iterations: int = 5, threads: int = 0) -> Iterator[dict[str, float]]:
+def stream(n_rows: Sequence[int], k: int = 10, iterations: int = 5, threads: int = 0) -> Iterator[dict[str, float]]:
     """Cluster about ``n_rows`` synthetic composite rows that are never in memory, each in a process of its own.
 
     ``process_peak_mib`` is all of that process, PyTorch included; time counts every pass over the rows, with what it

@@ -48,7 +48,7 @@ add_on_rate: float = 3e-3  # of Adam, warm-up and joint phase
 prototypes_rate: float = 3e-3  # of Adam, warm-up and joint phase
 last_rate: float = 1e-4  # of Adam, last layer
 weight_decay: float = 1e-3  # of features and add-on
-rate_step: int = 5  # joint epochs after which the joint rates fall
+rate_step: int = 5  # the joint rates fall at every so-many-th joint epoch
 rate_factor: float = 0.1  # what they are multiplied by
 cross_entropy: float = 1.0  # weight in the loss
 cluster: float = 0.8  # weight in the loss
@@ -82,6 +82,8 @@ run = Run.of(runs, dataset, seed)
 trained, images = run.settings(), run.load_dataset()
 if embedding not in ("image", "patch"):
     raise ValueError(f"embedding must be 'image' or 'patch', got {embedding!r}")
+if restarts < 1:
+    raise ValueError(f"restarts must be at least 1, got {restarts}")
 if box not in protopnet.BOXES:
     raise ValueError(f"box must be one of {', '.join(protopnet.BOXES)}, got {box!r}")
 if not 0 <= image < len(images.test):

@@ -111,12 +111,13 @@ streams.round(3).T
 # ### ImageNet, extrapolated
 #
 # 1.28 million images at 224 px from block 2 are 10⁹ rows; class by class, 1,300 images are about a million rows.
-# Passes: two for each k-means++ start but the first, one for each Lloyd iteration (50 assumed), and three more.
+# Passes: two for each k-means++ start but the first, one for each Lloyd iteration (50 assumed), and three more (the
+# variance, the first start, the last assessment).
 
 # %%
 per_pass = streams.seconds_per_pass_and_million_rows.iloc[-1]
 rows_per_class, k, iterations = 1_281_167 / 1000 * 28 * 28 / 1e6, 10, 50
-passes = 1 + 2 * (k - 1) + iterations + 3
+passes = 2 * (k - 1) + iterations + 3
 hours = 1000 * passes * rows_per_class * per_pass / 3600
 print(
     f"{per_pass:.2f} s for a pass over a million rows, {passes} passes, 1,000 classes: {hours:.0f} hours on {machine}, "

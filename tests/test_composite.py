@@ -166,3 +166,11 @@ def test_not_a_number_is_refused():
     blocks[1][0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         kmeans(CompositeRows(blocks), 2)
+
+
+def test_a_very_short_row_is_no_zero_row():
+    blocks = blocks_of(n=2)
+    blocks[0][0, :, 0, 0] = 1e-20
+    q = composite(blocks).flatten(0, 1)
+    ((_, chunk),) = CompositeRows(blocks).chunks()
+    torch.testing.assert_close(chunk.rows(torch.arange(len(q))), q, rtol=1e-4, atol=1e-6)

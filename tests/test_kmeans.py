@@ -181,3 +181,23 @@ def test_sums_by_single_rows_are_those_of_the_product(rows, monkeypatch):
     assert found[0].iterations == found[1].iterations > 2
     torch.testing.assert_close(found[0].centroids, found[1].centroids, rtol=1e-5, atol=1e-7)
     assert torch.equal(found[0].sizes, found[1].sizes)
+
+
+@pytest.mark.parametrize("offset", [0, 10, 100])
+def test_clouds_far_from_the_origin_are_told_apart(offset):
+    generator = torch.Generator().manual_seed(0)
+    centres = 0.02 * torch.randn(4, 16, generator=generator)
+    x = offset + (centres[:, None] + 0.002 * torch.randn(4, 50, 16, generator=generator)).flatten(0, 1)
+    theirs = KMeans(4, n_init=10, random_state=0).fit(x.double().numpy())
+    ours = kmeans(DenseRows(x), 4)
+    assert ours.sizes.tolist() == [50] * 4
+    assert ours.inertia == pytest.approx(theirs.inertia_, rel=0.02)
+    start = x[::50]
+    torch.testing.assert_close(kmeans(DenseRows(x), 4, start=start).centroids, x.view(4, 50, -1).mean(1))
+
+
+def test_a_cluster_for_every_row_has_that_row_as_its_nearest():
+    x = 1 + 1e-4 * torch.arange(6.0)[:, None]
+    found = kmeans(DenseRows(x), 6)
+    assert found.sizes.tolist() == [1] * 6
+    assert sorted(found.nearest.tolist()) == list(range(6))

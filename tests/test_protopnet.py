@@ -351,3 +351,14 @@ def test_boxes_are_the_patches(tmp_path, size):
         assert (shown[box[0] : box[1], box[2] : box[3]] == source[box[0] : box[1], box[2] : box[3]]).all()
     with pytest.raises(ValueError, match="box must be one of patch, activation"):
         protopnet.most_activated(network, digits, digits.test.pixels[0], box="cell")
+
+
+def test_joint_rates_fall_as_the_authors_scheduler_makes_them():
+    """Their loop steps StepLR(5, 0.1) before it trains a joint epoch."""
+    options = Options(warm_epochs=3, joint_epochs=12)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=5, gamma=0.1)
+    for epoch in range(3, 15):
+        optimizer.step()
+        scheduler.step()
+        assert options.joint_rate(epoch) == pytest.approx(scheduler.get_last_lr()[0])

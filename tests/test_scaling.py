@@ -1,5 +1,7 @@
 """The measurements compare the same thing: equal clusterings, equal maps, true sizes, counted passes."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,13 @@ def test_measure_sees_time_and_memory():
     assert found.value == 21
     assert 45 < found.mib < 75
     assert found.seconds > 0.005
+
+
+def test_a_measurement_that_fails_ends():
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="between 1 and the 49 rows"):
+        scaling._fit("ours", scaling.Case("x", 1, 4, 1000, 1), 0)
+    assert threading.active_count() == before
 
 
 def test_synthetic_activations_are_the_same_whenever_they_are_read():
