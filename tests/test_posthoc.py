@@ -199,6 +199,7 @@ def test_modes_are_converted_and_said_once(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "cut.png").write_bytes((tmp_path / "RGB.png").read_bytes()[:300])
     (tmp_path / "notes.txt").write_text("left alone")
+    (tmp_path / "phone.HEIC").write_bytes(b"left alone")
     said = []
     found = images.load(tmp_path, 40, mean=(0,) * 3, std=(1,) * 3, held_out=0, report=said.append)
     by_name = {name: found.train.rgb(i) for i, name in enumerate(found.train.names)}
@@ -207,6 +208,7 @@ def test_modes_are_converted_and_said_once(tmp_path):
         assert np.array_equal(by_name[name], np.dstack([grey] * 3)), name
     assert (by_name["RGBA.png"] == 255).all(), "what is transparent is white"
     assert by_name["CMYK.jpg"][20, 20, 0] > 200 > by_name["CMYK.jpg"][20, 20, 1]
+    assert sorted(said.pop(0).removeprefix("left out by their ending: ").split(", ")) == ["1 .heic", "1 .txt"]
     assert said[:3] == ["cannot read cut.png: " + said[0].split(": ")[1], "cannot read empty.jpg: zero bytes", said[2]]
     assert said[2] == "cannot read text.png: not an image"
     assert said[3] == "3 of 10 images cannot be read and are left out"
@@ -225,10 +227,61 @@ def test_an_image_on_its_side_is_turned(tmp_path):
     assert (found[:, :8] > 200).all() and (found[:, 12:] < 50).all()
 
 
+def test_16_bits_have_one_scale(tmp_path):
+    """A dark 16-bit image stays dark: the scale is the mode's, not the image's own."""
+    for name, value in (("dark", 5140), ("white", 65535)):
+        Image.fromarray(np.full((20, 20), value, np.uint16)).save(tmp_path / f"{name}.png")
+    assert images.read(tmp_path / "dark.png", 20)[0].max() == 20
+    assert images.read(tmp_path / "white.png", 20)[0].min() == 255
+    Image.fromarray(np.ones((20, 20), np.float32)).save(tmp_path / "f.tiff")
+    with pytest.raises(ValueError, match="no fixed white"):
+        images.read(tmp_path / "f.tiff", 20)
+
+
+def made_folder(root, files):
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        if "empty" in file:
+            (root / file).write_bytes(b"")
+        else:
+            Image.new("RGB", (8, 8)).save(root / file)
+    return root
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Train", "valid"), ("train", "validation"), ("TRAIN", "Test")])
+def test_a_split_goes_by_many_names(names, tmp_path):
+    made_folder(tmp_path, [f"{split}/{c}/{i}.png" for split in names for c in ("cat", "dog") for i in range(2)])
+    found = images.load(tmp_path, 8, mean=(0,) * 3, std=(1,) * 3)
+    assert found.classes == ("cat", "dog") and found.test.labels.tolist() == [0, 0, 1, 1]
+    for part, name in zip((found.train, found.test), names, strict=True):
+        assert {file.split("/")[0] for file in part.names} == {name}
+
+
+def test_images_go_to_scratch(tmp_path, monkeypatch):
+    folder = made_folder(tmp_path / "in", [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(5)])
+    options = {"mean": (0,) * 3, "std": (1,) * 3, "scratch": tmp_path}
+    expected = images.load(folder, 8, **options)
+    monkeypatch.setattr(images, "IN_MEMORY", 0)
+    found = images.load(folder, 8, **options)
+    for split in ("train", "test"):
+        assert isinstance(found.split(split).pixels, np.memmap), "never a copy in memory"
+        assert np.array_equal(found.split(split).pixels, expected.split(split).pixels)
+        assert found.split(split).names == expected.split(split).names
+    full = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(images.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(ValueError, match="free: give scratch=, a folder with room"):
+        images.load(folder, 8, **options)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ([], "holds no images"),
+        (["train/1.png", "test/1.png"], "holds train/, test/ but not as a split with class folders: give <class>"),
+        ([f"{s}/{c}/1.png" for s in ("train", "val", "test") for c in "ab"], "of three splits, put train/ and test/"),
+        (["train/a/1.png", "train/b/1.png", "other/a/1.png"], "holds train/ but not as a split"),
+        (["Val/a/1.png", "Val/b/1.png"], "holds Val/ but not as a split"),
+        (["train/a/1.png", "train/b/empty.png", "val/b/1.png"], "no image of class 'b' in .* can be read"),
         (["cat/1.png", "cat/2.png"], "holds one class only .cat.: give at least two"),
         (["cat/1.png", "dog/1.png", "1.png"], "holds 1 images beside the class folders cat, dog"),
         (["train/cat/1.png", "train/dog/1.png", "test/cow/1.png"], "has classes that train/ lacks: cow"),
@@ -236,12 +289,7 @@ def test_an_image_on_its_side_is_turned(tmp_path):
     ],
 )
 def test_folders_that_do_not_do(files, message, tmp_path):
-    for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        if "empty" in file:
-            (tmp_path / file).write_bytes(b"")
-        else:
-            Image.new("RGB", (8, 8)).save(tmp_path / file)
+    made_folder(tmp_path, files)
     with pytest.raises(ValueError, match=message):
         images.load(tmp_path, 8, mean=(0,) * 3, std=(1,) * 3, report=str)
 
