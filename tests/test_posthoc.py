@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import sys
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from kmex_utils import images, posthoc
+from kmex_utils.activations import keep
 from kmex_utils.composite import composite
 from kmex_utils.interpretation import interpret
 from kmex_utils.measures import cosine_alignment
@@ -95,6 +97,72 @@ def test_an_image_from_anywhere_is_the_same(explained, photos):
         explained.panel(0, target="dog")
     with pytest.raises(ValueError, match="start blocks run from 2 to 4, got 1"):
         explained.panel(0, [1])
+
+
+def test_an_open_image_is_treated_as_its_file(explained, tmp_path):
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (60, 90, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 100).save(tmp_path / "16.png")
+    for file in sorted(tmp_path.iterdir()):
+        with Image.open(file) as image:
+            assert np.array_equal(explained.picture(image).pixels, explained.picture(file).pixels), file.name
+    for array in (pixels / 255, pixels.astype(np.int64), pixels.transpose(2, 0, 1)):
+        with pytest.raises(ValueError, match=r"an array must be uint8 \[H, W, 3\] with values 0 … 255, got"):
+            explained.picture(array)
+
+
+@pytest.mark.parametrize("free", [10**12, 0])
+def test_what_does_not_fit_in_memory(resnet, photos, explained, tmp_path, monkeypatch, free):
+    """From temporary files, or computed anew, the result is the same; the files are gone afterwards."""
+    monkeypatch.setattr(posthoc, "IN_MEMORY", 0)
+    monkeypatch.setattr(posthoc.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+    said, made = [], []
+    monkeypatch.setattr(posthoc, "keep", lambda *a, **k: made.append(a[4]) or keep(*a, **k))
+    options = {"prototypes_per_class": 3, "held_out": 0.25, "restarts": 2, "device": "cpu"}
+    found = posthoc.explain(resnet, photos, start_block=4, scratch=tmp_path, report=said.append, **options)
+    assert made == ["disk" if free else "nowhere"] and not list(tmp_path.iterdir())
+    assert any("computed anew whenever they are read" in line for line in said) is (not free)
+    torch.testing.assert_close(found.explainers[4].prototypes.vectors, explained.explainers[4].prototypes.vectors)
+    for split in ("train", "test"):
+        torch.testing.assert_close(found.y[split], explained.y[split])
+    with pytest.raises(FileNotFoundError, match="scratch must be a folder that exists"):
+        posthoc.explain(resnet, photos, scratch=tmp_path / "nowhere", **options)
+
+
+def test_patches_are_kept_within_a_bound(explained, monkeypatch):
+    monkeypatch.setattr(posthoc, "KEPT_PATCHES", 2)
+    explained._patches.clear()
+    drawn = [explained.patch(4, k).pixels for k in range(4)]
+    assert len(explained._patches) == 2 and np.array_equal(explained.patch(4, 0).pixels, drawn[0])
+
+
+def test_what_the_network_knows_of_the_folders_classes(explained):
+    def of(named, network, folder):
+        network = type("Network", (), {"named": named, "classes": network})
+        dataset = type("Dataset", (), {"classes": folder})
+        found = posthoc.network_classes(
+            type("Found", (), {"network": network, "dataset": dataset, "predictions_as_labels": False})
+        )
+        return None if found is None else found.tolist()
+
+    assert of(True, ("0", "1", "2"), ("2", "0")) == [2, 0]
+    assert of(False, ("0", "1", "2"), ("2", "0")) is None, "numbers made up for unknown names name nothing"
+    assert of(True, ("Maine Coon", "cat"), ("cat", "maine_coon")) == [1, 0]
+    assert of(True, ("crane (0)", "cat", "crane (2)"), ("cat", "crane")) is None
+    assert of(True, ("Crane", "cat", "crane"), ("cat", "crane")) is None
+
+
+def test_an_interrupted_computation_leaves_the_network_on_the_cpu(resnet, photos, monkeypatch):
+    moved = []
+    monkeypatch.setattr(type(resnet), "to", lambda self, device: moved.append(str(device)) or self)
+    monkeypatch.setattr(posthoc, "classwise", lambda *a, **k: moved.clear() or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        posthoc.explain(resnet, photos, device="cpu", start_block=4, prototypes_per_class=2, report=str)
+    assert moved == ["cpu"] and not resnet.classifier._forward_hooks
 
 
 def test_the_table_by_definition(explained):
@@ -441,13 +509,18 @@ def test_the_shell(photos, tmp_path, capsys, monkeypatch):
     arguments = [str(photos), "--model", "resnet18", "--weights", "random", "--image-size", "64", "--per-class", "2"]
     arguments += ["--restarts", "1", "--start-block", "4", "--device", "cpu", "--out", str(out)]
     picture = str(photos / "flower" / "00.png")
-    assert posthoc.main([*arguments, "--panel", picture, "--report", "--export"]) == 0
+    normalisation = ["--mean", "0.5", "0.5", "0.5", "--std", "0.2", "0.2", "0.2"]
+    others = ["--panel", picture, "temple/00.png", "--report", "--export"]
+    assert posthoc.main([*arguments, *normalisation, *others]) == 0
+    network = json.loads((out / "settings.json").read_text())["network"]
+    assert (network["mean"], network["std"]) == ([0.5] * 3, [0.2] * 3)
     for product in (
         "B4.safetensors",
         "KMEx-2.safetensors",
         "table.csv",
         "settings.json",
-        "panel-00.png",
+        "panel-flower-00.png",
+        "panel-temple-00.png",
         "report.html",
     ):
         assert (out / product).stat().st_size > 100, product
@@ -457,6 +530,37 @@ def test_the_shell(photos, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == f"error: {out} exists: choose another --out, or give --resume to go on in it\n"
     assert posthoc.main([*arguments[:3], "--model", "resnet19"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(posthoc, "explain", lambda *a, **k: pytest.fail("checked only after the computation"))
+    (tmp_path / "bad.png").write_text("not an image")
+    arguments[-1] = str(tmp_path / "new")
+    for wrong, message in (
+        (["--panel", "nowhere.png"], "--panel nowhere.png is neither a file nor in"),
+        (["--panel", str(tmp_path / "bad.png")], "bad.png cannot be read: not an image"),
+        (["--target", "doggo"], "target must be a class of resnet18, got 'doggo'"),
+    ):
+        assert posthoc.main([*arguments, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert posthoc.main([*arguments, "--export"]) == 2 and "pip install pyarrow" in capsys.readouterr().err
+
+
+def test_saving_again_leaves_nothing_stale(explained, tmp_path):
+    explained.save(tmp_path)
+    (tmp_path / "B1234.safetensors").write_text("of a deeper explanation before")
+    (tmp_path / "KMEx-9.safetensors").write_text("of another K/C")
+    explained.save(tmp_path)
+    found = {file.name for file in tmp_path.glob("*.safetensors")}
+    assert found == {
+        "B4.safetensors",
+        "B34.safetensors",
+        "B234.safetensors",
+        "KMEx-1.safetensors",
+        "KMEx-3.safetensors",
+    }
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "B1234.safetensors").write_text("of notebook 4")
+    explained.save(tmp_path / "run")
+    assert (tmp_path / "run" / "B1234.safetensors").exists(), "not what this made"
 
 
 def test_a_data_set_of_this_project():
