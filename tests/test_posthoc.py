@@ -63,6 +63,11 @@ def test_the_folder_is_read_and_split(explained, photos):
     assert np.abs(dataset.test.rgb(0).astype(int) - np.asarray(expected)).mean() < 1
 
 
+def test_what_is_assumed_is_said(explained, said):
+    assert explained.network.assumed == ("mean", "std")
+    assert said[0] == f"images enter ResNet as {explained.network.preprocessing()}" and "assumed" in said[0]
+
+
 def test_panels_are_figure_1s(explained):
     """The cached way gives what the notebooks' function computes from scratch."""
     for i in (0, 7):
@@ -479,14 +484,30 @@ def test_a_killed_export_continues(explained, mixed, tmp_path, monkeypatch):
         return outputs(x)
 
     monkeypatch.setattr(explained.network, "outputs", killed)
+    moved = []
+    monkeypatch.setattr(explained.network, "to", lambda device: moved.append(str(device)))
     with pytest.raises(KeyboardInterrupt):
         explained.export(tmp_path / "parts", mixed, batch_size=2, device="cpu", report=str)
     assert not (tmp_path / "parts" / "images.parquet").exists()
+    assert moved == ["cpu", "cpu"], "to the device, and back in spite of the kill"
     explained.export(tmp_path / "parts", mixed, batch_size=2, device="cpu", report=str, resume=True)
     assert len(calls) == 6, "two batches before the kill, one killed, three after"
     for table in ("images", "segments"):
         pd.testing.assert_frame_equal(*(pd.read_parquet(f / f"{table}.parquet") for f in (whole, tmp_path / "parts")))
     assert not (tmp_path / "parts" / "parts").exists()
+
+
+def test_an_export_of_other_weights_is_not_continued(explained, mixed, tmp_path):
+    pytest.importorskip("pyarrow", reason="Parquet needs it")
+    explained.export(tmp_path / "out", mixed, maps="none", device="cpu", report=str)
+    other = copy.copy(explained)
+    other.settings = json.loads(json.dumps(explained.settings))
+    explained.export(tmp_path / "out", mixed, maps="none", device="cpu", report=str, resume=True)
+    trained_on = copy.deepcopy(explained.network)
+    trained_on.classifier.bias.data += 1
+    other.settings |= trained_on.settings()
+    with pytest.raises(ValueError, match="of other images or settings"):
+        other.export(tmp_path / "out", mixed, maps="none", device="cpu", report=str, resume=True)
 
 
 def test_maps_as_png(explained, mixed, tmp_path):
