@@ -104,11 +104,17 @@ def resnet(arch: str = "resnet34", classes: int = 10, weights: str = "scratch", 
     return Backbone(blocks, classifier).to(memory_format=torch.channels_last)
 
 
-def imagenet_weights(arch: str) -> dict[str, torch.Tensor]:
-    """Torchvision's IMAGENET1K_V1 state dict; one line names the file to put in place without a network."""
+def weights_entry(arch: str):
+    """Torchvision's entry of a network's IMAGENET1K_V1 weights; of its default ones where there is no V1."""
     from torchvision.models import get_model_weights
 
-    weights = get_model_weights(arch)["IMAGENET1K_V1"]
+    known = get_model_weights(arch)
+    return known.__members__.get("IMAGENET1K_V1") or known.DEFAULT
+
+
+def imagenet_weights(arch: str) -> dict[str, torch.Tensor]:
+    """The state dict of :func:`weights_entry`; one line names the file to put in place without a network."""
+    weights = weights_entry(arch)
     file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
     try:
         return weights.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")

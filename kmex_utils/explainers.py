@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from .backbones import avg_pool
 from .composite import CompositeRows, Normalisation
+from .hardware import float64_device
 from .kmeans import Chunk, Prototypes
 
 
@@ -70,7 +71,12 @@ class CNNAsSEM(Explainer):
 
 
 class KMEx(Explainer):
-    """The classifier replaced by class-wise centroids of z (section 3.2)."""
+    """The classifier replaced by class-wise centroids of z (section 3.2).
+
+    exp(-d) is 0 from d = 104 on in float32, and the argmax of a row of zeros is the first prototype's. So sim is
+    float64, which holds to d = 745, and calling the explainer, :meth:`nearest` and :meth:`predict` use the distances
+    themselves: the argmax of exp(-d) is the argmin of d.
+    """
 
     def __init__(self, prototypes: Prototypes, classes: int) -> None:
         self.prototypes = prototypes
@@ -81,8 +87,22 @@ class KMEx(Explainer):
         return avg_pool(activations[-1])
 
     def sim(self, h: torch.Tensor) -> torch.Tensor:
-        """exp(-||z - p_k||), [N, K]."""
-        return torch.exp(-self.distances(h))
+        """exp(-||z - p_k||), float64 [N, K]."""
+        distances = self.distances(h)
+        return torch.exp(-distances.to(float64_device(distances.device), torch.float64))
+
+    def __call__(self, activations: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Y = proj(sim(h)), at any distance, [N, C]."""
+        z = self.h(activations)
+        return F.one_hot(self.predict(z), self.classes).to(z)
+
+    def nearest(self, z: torch.Tensor) -> torch.Tensor:
+        """Index of the closest prototype, [N]."""
+        return self.distances(z).argmin(1)
+
+    def predict(self, z: torch.Tensor) -> torch.Tensor:
+        """Class of the closest prototype, [N]."""
+        return self.prototypes.labels.to(z.device)[self.nearest(z)]
 
     def distances(self, z: torch.Tensor) -> torch.Tensor:
         """||z - p_k||, [N, K]."""

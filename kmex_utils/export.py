@@ -18,6 +18,14 @@ MAPS = ("npz", "png", "none")
 TABLES = ("images", "segments")
 
 
+def require_pyarrow() -> None:
+    """An ImportError of one line where there is no pyarrow."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise ImportError("Parquet tables need pyarrow, which is not installed: pip install pyarrow") from None
+
+
 @torch.no_grad()
 def export(
     explained,
@@ -64,10 +72,7 @@ def export(
     ValueError, FileExistsError, FileNotFoundError, ImportError
         One line: the folder exists; it is of other images or settings; pyarrow is missing.
     """
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise ImportError("Parquet tables need pyarrow, which is not installed: pip install pyarrow") from None
+    require_pyarrow()
     from tqdm.auto import tqdm
 
     if maps not in MAPS:
@@ -77,7 +82,7 @@ def export(
     folder, root = Path(folder).expanduser(), Path(images).expanduser()
     if folder.exists() and not resume:
         raise FileExistsError(f"{folder} exists: choose another folder, or give resume=True to continue in it")
-    files = listed(root)
+    files = listed(root, report)
     made_by = {**explained.settings, "images": str(root.resolve()), "maps": maps, "batch_size": batch_size}
     made_by |= {"prototypes": _fingerprint(explained), "files": _listing(root, files)}
     kept = folder / "settings.json"
@@ -90,15 +95,17 @@ def export(
         chosen = hardware.pick_device(device)
         explained.network.to(chosen)
         bar = tqdm(total=len(files), desc="export", unit="image")
-        for number, batch in enumerate(batches):
-            done = [parts / f"{table}-{number:06d}.parquet" for table in TABLES]
-            if not all(path.exists() for path in done):
-                found = _batch(explained, batch, root, folder, maps, chosen)
-                for path, rows in zip(done, found, strict=True):
-                    _write(path, rows)
-            bar.update(len(batch))
-        bar.close()
-        explained.network.to("cpu")
+        try:
+            for number, batch in enumerate(batches):
+                done = [parts / f"{table}-{number:06d}.parquet" for table in TABLES]
+                if not all(path.exists() for path in done):
+                    found = _batch(explained, batch, root, folder, maps, chosen)
+                    for path, rows in zip(done, found, strict=True):
+                        _write(path, rows)
+                bar.update(len(batch))
+        finally:
+            bar.close()
+            explained.network.to("cpu")
         for table in TABLES:
             _join(
                 [parts / f"{table}-{number:06d}.parquet" for number in range(len(batches))], folder / f"{table}.parquet"
@@ -128,7 +135,7 @@ def _batch(explained, files, root: Path, folder: Path, maps: str, device) -> tup
     if network.pooled_linear:
         align_corners = explained.settings["align_corners"]
         att = carried(attribution(h, network.c.cpu()[y.argmax(1)]), q_s, align_corners)
-    kmex = {k: e([h]).argmax(1) for k, e in explained.kmex.items()}
+    kmex = {k: e.predict(e.h([h])) for k, e in explained.kmex.items()}
     for n, i in enumerate(index):
         row = rows[names[i]]
         row["predicted"] = network.classes[int(y[n].argmax())]

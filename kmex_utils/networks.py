@@ -6,6 +6,7 @@ stays as it is and its block outputs are read while it runs.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,16 +18,19 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from . import paths
-from .backbones import Backbone, avg_pool, imagenet_weights
+from .backbones import Backbone, avg_pool, imagenet_weights, weights_entry
 from .datasets import RECIPES, Recipe
 from .explainers import CNNAsSEM
-from .runs import Run
+from .runs import Run, fingerprint
 from .store import replacing
 
 IMAGENET = {name: getattr(RECIPES["folder"], name) for name in ("mean", "std")}
 FITS = ("crop", "stretch")
 AT_MOST = 4  # blocks chosen automatically: the deepest, as the paper's B1 … B4
-_POOLS = ("adaptive_avg_pool2d", "avg_pool2d", "mean")
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 that serve training only
+_POOLS = ("adaptive_avg_pool2d", "avg_pool2d", "adaptive_avg_pool1d", "mean")
+_FLATTENINGS = ("flatten", "view", "reshape")
+_QUIET = (nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Identity, nn.AdaptiveAvgPool2d, nn.AvgPool2d)
 
 
 class Network(nn.Module):
@@ -35,14 +39,17 @@ class Network(nn.Module):
     Parameters
     ----------
     module
-        Takes images [N, 3, S, S]. What it returns does not matter: y is read at its head.
+        Takes images [N, 3, S, S], with float32 weights. What it returns does not matter: y is read at its head. It is
+        used as it is, not copied: put into eval mode, its parameters frozen, and left on the CPU after computations.
+        Give ``copy.deepcopy(module)`` to go on training it.
     blocks
         Names of the modules whose outputs are x(1), x(2) …; empty: the last output at each resolution, of the deepest
         four. The last block always ends at h, the input of the average pool.
     head
         Name of the linear layer; empty: the last one called.
     classes
-        Names of the head's outputs; empty: their numbers.
+        Names of the head's outputs; empty: their numbers. A name that several outputs bear gets their number:
+        ``crane (134)``, ``crane (517)``.
     image_size, mean, std
         Of the input: pixels, and normalisation of RGB values in [0, 1].
     fit
@@ -53,7 +60,15 @@ class Network(nn.Module):
     Raises
     ------
     ValueError
-        One line: a head that is not linear, no average pool, an unknown block, a wrong number of class names.
+        One line: a head that is not linear, no average pool, an unknown block, a wrong number of class names, weights
+        that are not float32.
+
+    Attributes
+    ----------
+    named
+        Whether the names of the outputs are known.
+    assumed
+        Which of ``image_size``, ``mean`` and ``std`` nobody said (set by :func:`network`).
     """
 
     def __init__(
@@ -72,8 +87,12 @@ class Network(nn.Module):
         super().__init__()
         if fit not in FITS:
             raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
-        self.module = module.eval().requires_grad_(False)
         self.name = name or type(module).__name__
+        kinds = {p.dtype for p in module.parameters()} - {torch.float32}
+        if kinds:
+            kind = str(kinds.pop()).removeprefix("torch.")
+            raise ValueError(f"{self.name} has {kind} weights, explanations are float32: give module.float()")
+        self.module = module.eval().requires_grad_(False)
         self.image_size, self.fit = image_size, fit
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         watched = _Watched(self.module, image_size, self.name)
@@ -85,7 +104,9 @@ class Network(nn.Module):
         c = self.classifier.out_features
         if classes and len(classes) != c:
             raise ValueError(f"{len(classes)} class names, but the head {self.head!r} of {self.name} has {c} outputs")
-        self.classes = tuple(classes) or tuple(map(str, range(c)))
+        self.named = bool(classes)
+        self.assumed: tuple[str, ...] = ()
+        self.classes = _told_apart(classes) or tuple(map(str, range(c)))
 
     @property
     def classifier(self) -> nn.Linear:
@@ -146,6 +167,22 @@ class Network(nn.Module):
         """The prediction y, [N, C]."""
         return self.outputs(x)[1]
 
+    def output(self, name: str) -> int:
+        """Index of the output with this name; a ValueError that lists the nearest names if there is none."""
+        if name not in self.classes:
+            close = get_close_matches(name, self.classes, n=4) or self.classes[:8]
+            more = " …" if len(close) < len(self.classes) else ""
+            raise ValueError(f"target must be a class of {self.name}, got {name!r}: {', '.join(close)}{more}")
+        return self.classes.index(name)
+
+    def preprocessing(self) -> str:
+        """Input size and normalisation in a few words, with what is assumed."""
+        size = f"{self.image_size} x {self.image_size} pixels ({self.fit}), mean {self.mean}, std {self.std}"
+        if not self.assumed:
+            return size
+        given = ", ".join(f"{name}=" for name in self.assumed)
+        return f"{size}; {', '.join(self.assumed)} assumed: give {given} if the network was trained with others"
+
     def recipe(self, prototypes_per_class: int = 5) -> Recipe:
         """Input size and normalisation in the form a data set carries."""
         return Recipe(self.image_size, prototypes_per_class, 0, self.mean, self.std)
@@ -153,7 +190,13 @@ class Network(nn.Module):
     def settings(self) -> dict:
         """What fixes the explanation, to be saved with it."""
         names = ("name", "blocks", "head", "between", "image_size", "mean", "std", "fit")
-        return {"network": {name: getattr(self, name) for name in names}}
+        found = {name: getattr(self, name) for name in names}
+        return {"network": {**found, "weights": fingerprint(self.module.state_dict())}}
+
+
+def _told_apart(classes: Sequence[str]) -> tuple[str, ...]:
+    counts = Counter(classes)
+    return tuple(f"{name} ({j})" if counts[name] > 1 else name for j, name in enumerate(classes))
 
 
 @torch.no_grad()
@@ -188,6 +231,7 @@ class _Pool:
     call: int
     at: int
     global_: bool
+    size: tuple[int, int]
 
 
 @dataclass
@@ -224,12 +268,21 @@ class _Pools(TorchFunctionMode):
         self.inputs: list[torch.Tensor] = []
         self.made: list[_Pool] = []
         self._clock = clock or (lambda: 0)
+        self._flat = self._map = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in _POOLS and args and _maps(args[0]) and _is_pool(args[0], out):
-            self.made.append(_Pool(len(self.inputs), self._clock(), out.dim() == 2 or out.shape[2:] == (1, 1)))
-            self.inputs.append(args[0])
+        name = getattr(func, "__name__", "")
+        if name in _FLATTENINGS and args and _maps(args[0]) and _is_flat(args[0], out):
+            self._flat, self._map = out, args[0]
+        elif name in _POOLS and args and isinstance(args[0], torch.Tensor):
+            x = (
+                self._map if args[0] is self._flat else args[0]
+            )  # the mean over [N, C, H W] is over the map [N, C, H, W]
+            if _maps(x) and _is_pool(x, out):
+                size = tuple(out.shape[2:]) if out.dim() == 4 else (1, 1)
+                self.made.append(_Pool(len(self.inputs), self._clock(), size == (1, 1), size))
+                self.inputs.append(x)
         return out
 
 
@@ -238,7 +291,13 @@ def _maps(x) -> bool:
 
 
 def _is_pool(x: torch.Tensor, out) -> bool:
-    return isinstance(out, torch.Tensor) and out.shape[:2] == x.shape[:2] and out.dim() in (2, 4)
+    if not isinstance(out, torch.Tensor) or out.shape[:2] != x.shape[:2]:
+        return False
+    return out.dim() in (2, 4) or out.shape[2:] == (1,)
+
+
+def _is_flat(x: torch.Tensor, out) -> bool:
+    return isinstance(out, torch.Tensor) and out.shape == (*x.shape[:2], x.shape[2] * x.shape[3])
 
 
 class _Watched:
@@ -328,7 +387,17 @@ class _Watched:
             raise ValueError(
                 f"{self.name} has no average pool between its feature maps and its head {head!r}: not a CNN of eq. 1"
             )
-        return before[-1]
+        pool = before[-1]
+        for call in sorted(self.calls, key=lambda call: call.start):
+            is_map = call.size_out and call.size_out != (1, 1)
+            around = call.start < pool.at and call.size_out == pool.size
+            kind = type(self.module.get_submodule(call.name))
+            if pool.at < call.end < self.last(head).start and is_map and not around and not issubclass(kind, _QUIET):
+                raise ValueError(
+                    f"{call.name} ({kind.__name__}) of {self.name} makes maps after the last average pool seen: "
+                    "that before the head is not recognised; write it as x.mean((2, 3)) or nn.AdaptiveAvgPool2d(1)"
+                )
+        return pool
 
     def trunk(self, pool: _Pool) -> list[_Call]:
         """Calls along the trunk that ended before the pool, by time."""
@@ -375,14 +444,13 @@ class _Watched:
             if difference <= 1e-4 * z.abs().max():
                 return ""
         start = self.last(head).start
-        quiet = (nn.Dropout, nn.Flatten, nn.Identity, nn.AdaptiveAvgPool2d, nn.AvgPool2d)
         found = [
             f"{call.name} ({type(self.module.get_submodule(call.name)).__name__})"
             for call in sorted(self.calls, key=lambda call: call.start)
             if pool.at < call.start < start
             and not call.children
             and call.name != head
-            and not isinstance(self.module.get_submodule(call.name), quiet)
+            and not isinstance(self.module.get_submodule(call.name), _QUIET)
         ]
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
@@ -414,8 +482,8 @@ def network(
     Parameters
     ----------
     model
-        A name of torchvision (``resnet50``) or timm (``timm/resnet50.a1_in1k``), your own ``nn.Module``, or the
-        ``backbone.safetensors`` that notebook 1 left.
+        A name of torchvision (``resnet50``) or timm (``timm/resnet50.a1_in1k``), your own ``nn.Module`` (used as it is
+        and frozen, see :class:`Network`), or the ``backbone.safetensors`` that notebook 1 left.
     weights
         ``imagenet`` (the library's, downloaded on first use), ``random``, or a file with a state dict (safetensors, or
         PyTorch's with tensors only). Empty: ``imagenet`` for a name; your module as it is.
@@ -424,7 +492,8 @@ def network(
     blocks, head, fit
         As in :class:`Network`.
     image_size, mean, std
-        0 or empty: those of the library's weights for that name, else 224 and ImageNet's.
+        0 or empty: those of the library's weights for that name, else 224 and ImageNet's. What weights from a file or
+        your module were trained with is not known: :func:`kmex_utils.posthoc.explain` says what it assumes.
     seed
         Of random weights.
 
@@ -443,7 +512,7 @@ def network(
             _load(model, _state(weights), name, weights)
         elif weights:
             raise ValueError(f"weights={weights!r} goes with a model's name; your module comes with its own")
-        return Network(model, classes=names, **given, **_in_force(options, {}))
+        return _assuming(Network(model, classes=names, **given, **_in_force(options, {})), options)
     if str(model).endswith(".safetensors"):
         return _of_run(paths.resolve(model), names, given, options)
     weights = weights or "imagenet"
@@ -452,8 +521,10 @@ def network(
     state = _state(weights) if from_file else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module, defaults = known(str(model), weights == "imagenet", state)
+        module, defaults = known(str(model), weights)
     if from_file:
+        if str(model) in ("googlenet", "inception_v3"):
+            state = {key: value for key, value in state.items() if not key.startswith(AUXILIARY)}
         size = options["image_size"] or defaults["image_size"]
         _fit_head(module, state, head or _Watched(module, size, str(model)).head(""), names, weights)
         _load(module, state, str(model), weights)
@@ -461,7 +532,13 @@ def network(
     if not names and len(defaults["classes"]):
         names = defaults["classes"]
     module.to(memory_format=torch.channels_last)
-    return Network(module, classes=names, name=str(model), **given, **_in_force(options, defaults))
+    found = Network(module, classes=names, name=str(model), **given, **_in_force(options, defaults))
+    return _assuming(found, options) if from_file else found
+
+
+def _assuming(found: Network, options: dict) -> Network:
+    found.assumed = tuple(name for name in ("image_size", "mean", "std") if not options[name])
+    return found
 
 
 def _in_force(options: dict, defaults: dict) -> dict:
@@ -485,7 +562,7 @@ def _is_timm(name: str) -> bool:
     return name.startswith(("timm/", "timm:"))
 
 
-def _torchvision(name: str, pretrained: bool, state) -> tuple[nn.Module, dict]:
+def _torchvision(name: str, weights: str | Path) -> tuple[nn.Module, dict]:
     from torchvision import models
 
     known = models.list_models(module=models)
@@ -495,27 +572,28 @@ def _torchvision(name: str, pretrained: bool, state) -> tuple[nn.Module, dict]:
             f"torchvision has no model {name!r}; the nearest: {', '.join(close)}. For timm's give timm/<name>"
         )
     more = {}
-    if name in ("googlenet", "inception_v3"):  # auxiliary heads serve training only; theirs is a slow initialisation
-        aux = pretrained or (state is not None and any("AuxLogits" in key or key.startswith("aux1") for key in state))
-        more = {"init_weights": False, "aux_logits": aux}
-        if name == "googlenet":
-            more["transform_input"] = pretrained
-        elif pretrained:
-            more["transform_input"] = True
+    if name in (
+        "googlenet",
+        "inception_v3",
+    ):  # their own initialisation is slow; ImageNet's weights transform the input
+        more = {"init_weights": False, "aux_logits": False, "transform_input": weights != "random"}
     module = models.get_model(name, weights=None, **more)
-    entry = models.get_model_weights(name)["IMAGENET1K_V1"]
+    entry = weights_entry(name)
+    pretrained = weights == "imagenet"
     if pretrained:
-        module.load_state_dict(imagenet_weights(name))
+        state = imagenet_weights(name)
+        module.load_state_dict({key: v for key, v in state.items() if not (more and key.startswith(AUXILIARY))})
     transform = entry.transforms()
     defaults = {"image_size": transform.crop_size[0], "mean": transform.mean, "std": transform.std}
     return module, {**defaults, "classes": tuple(entry.meta["categories"]) if pretrained else ()}
 
 
-def _timm(name: str, pretrained: bool, state) -> tuple[nn.Module, dict]:
+def _timm(name: str, weights: str | Path) -> tuple[nn.Module, dict]:
     try:
         import timm
     except ImportError:
         raise ImportError(f"{name!r} needs timm, which is not installed: pip install timm") from None
+    pretrained = weights == "imagenet"
     name = name[len("timm/") :]
     if not timm.is_model(name):
         close = get_close_matches(name.split(".")[0], timm.list_models(), n=4)
@@ -579,9 +657,9 @@ def _state(path: str | Path) -> dict[str, torch.Tensor]:
             state = state[wrapping]
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path} is not a state dict: names with tensors, as model.state_dict() gives")
-    for prefix in ("module.", "model.", "backbone.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    prefixes = ("module.", "model.", "backbone.", "_orig_mod.")
+    while prefix := next((p for p in prefixes if all(key.startswith(p) for key in state)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 

@@ -10,11 +10,13 @@ The same from the shell: ``python -m kmex_utils.posthoc photos --model resnet50 
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +25,13 @@ import torch
 from PIL import Image
 
 from . import hardware, images
-from .activations import activations, keep
+from .activations import Activations, activations, keep
 from .attribution import attribution, carried
 from .backbones import avg_pool
 from .composite import Normalisation
 from .datasets import Dataset, Images
 from .explainers import EncoderKMeans, KMEx, block_name
+from .export import require_pyarrow
 from .interpretation import Interpretation, Patch, segment_patch
 from .kmeans import DenseRows, Prototypes, classwise
 from .measures import accuracy, cosine_alignment
@@ -39,6 +42,7 @@ __all__ = ["Explained", "explain", "network"]
 
 IN_MEMORY = 2 * 2**30  # bytes of activations; more go to a temporary folder
 KEPT_H = 2**29  # bytes of encoder outputs kept for attributions of the folder's own images
+KEPT_PATCHES = 1024  # patches drawn; the oldest go first
 NEAREST = 5  # patches of each prototype, of as many images
 
 
@@ -62,6 +66,15 @@ class Seen(NamedTuple):
     y: torch.Tensor
     h: torch.Tensor
     maps: dict[int, torch.Tensor]
+
+
+class _Passed(NamedTuple):
+    """x(first) … x(B) of the images that make prototypes, and what holding them takes, in bytes by image."""
+
+    x: Activations
+    in_memory: bool
+    bytes_of: dict[int, int]  # by start block
+    h_bytes: int
 
 
 class Explained:
@@ -121,7 +134,7 @@ class Explained:
     # one image
 
     def picture(self, image: int | str | Path | np.ndarray | Image.Image) -> Picture:
-        """An image by its index or name in the folder, from a file, or as an array [H, W, 3] or a Pillow image.
+        """An image by its index or name in the folder, from a file, or as uint8 array [H, W, 3] or a Pillow image.
 
         An index counts held-out images first, then those that made the prototypes.
 
@@ -153,10 +166,12 @@ class Explained:
             pixels, _ = images.read(inside, self.network.image_size, self.network.fit)
             return Picture(pixels, inside.name)
         if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,), (4,)):
+                raise ValueError(
+                    f"an array must be uint8 [H, W, 3] with values 0 … 255, got {image.dtype} {list(image.shape)}"
+                )
             image = Image.fromarray(image)
-        with tempfile.NamedTemporaryFile(suffix=".png") as file:  # the same conversions as a file
-            image.save(file.name)
-            return Picture(images.read(file.name, self.network.image_size, self.network.fit)[0], "image")
+        return Picture(images.fitted(image, self.network.image_size, self.network.fit)[0], "image")
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -185,11 +200,7 @@ class Explained:
         """Index of a class of the network; empty: the predicted one."""
         if not name:
             return int(seen.y.argmax())
-        if name not in self.network.classes:
-            raise ValueError(
-                f"target must be a class of {self.network.name}, got {name!r}: {_some(self.network.classes)}"
-            )
-        return self.network.classes.index(name)
+        return self.network.output(name)
 
     def interpretations(
         self, image, start_blocks: Sequence[int] = (), target: str = "", max_patches: int = 10
@@ -253,6 +264,8 @@ class Explained:
             labels = self.explainers[start_block].prototypes.labels
             segments = self.maps[start_block, "train"][image].numpy()
             pixels = segment_patch(self.dataset.train.rgb(image), segments, position)
+            while len(self._patches) >= KEPT_PATCHES:
+                self._patches.pop(next(iter(self._patches)))
             self._patches[key] = Patch(prototype, self.dataset.classes[int(labels[prototype])], 0.0, pixels, image)
         return self._patches[key]
 
@@ -290,8 +303,11 @@ class Explained:
         return export(self, Path(folder), images, **options)
 
     def save(self, folder: str | Path) -> Path:
-        """Prototypes (safetensors), table (CSV) and settings (JSON) in a folder."""
+        """Prototypes (safetensors), table (CSV) and settings (JSON) in a folder; those saved there before go."""
         folder = Path(folder)
+        if (folder / "settings.json").exists():  # this method's, not a run's
+            for stale in (*folder.glob("B[0-9]*.safetensors"), *folder.glob("KMEx-*.safetensors")):
+                stale.unlink()
         for b, explainer in self.explainers.items():
             explainer.prototypes.save(folder / f"{self.name(b)}.safetensors", {**self.settings, "start_block": b})
         for k, explainer in self.kmex.items():
@@ -320,6 +336,7 @@ def explain(
     seed: int = 0,
     device: str = "auto",
     batch_size: int = 32,
+    scratch: str | Path | None = None,
     report: Callable[[str], None] = print,
 ) -> Explained:
     """Prototypes of a frozen network from a folder of images; nothing is trained.
@@ -329,8 +346,8 @@ def explain(
     network
         From :func:`network`.
     folder
-        ``<class>/*``, or ``train/<class>/*`` with ``test/<class>/*``, or images without labels: then the network's
-        predictions stand in for labels in the class-wise clustering. Or a data set of
+        ``<class>/*``, or ``train/<class>/*`` with ``test/<class>/*`` (or ``val/``), or images without labels: then the
+        network's predictions stand in for labels in the class-wise clustering. Or a data set of
         :func:`kmex_utils.datasets.load`.
     start_block
         The shallowest block to explain from, 1 … B; 0: the last three blocks (B234 of four).
@@ -342,6 +359,9 @@ def explain(
         Of eq. 7 and 8, as in :class:`~kmex_utils.composite.Normalisation`.
     restarts, seed
         Of k-means; the seed also draws the held-out images.
+    scratch
+        Folder for the temporary files of what does not fit in memory; None: the system's. Activations that do not fit
+        there either are computed anew whenever they are read, and the output says so.
     report
         Gets one line for each thing worth saying.
 
@@ -357,6 +377,11 @@ def explain(
     if prototypes_per_class < 1:
         raise ValueError(f"prototypes_per_class (K/C) must be at least 1, got {prototypes_per_class}")
     chosen = hardware.pick_device(device)
+    if scratch and not Path(scratch).expanduser().is_dir():
+        raise FileNotFoundError(f"scratch must be a folder that exists, got {scratch}")
+    scratch = str(Path(scratch).expanduser()) if scratch else None
+    if network.assumed:
+        report(f"images enter {network.name} as {network.preprocessing()}")
     if isinstance(folder, Dataset):
         dataset, root = folder, ""
         wanted = (network.image_size, network.mean, network.std)
@@ -372,6 +397,7 @@ def explain(
             prototypes_per_class=prototypes_per_class,
             held_out=held_out,
             seed=seed,
+            scratch=scratch,
             report=report,
         )
         root = str(Path(folder).expanduser().absolute())
@@ -393,9 +419,11 @@ def explain(
     if not network.pooled_linear:
         report(f"no attributions: Theorem 1 and eq. 11 do not hold for {network.name}: {network.between}")
     explained = Explained(network, dataset, settings)
-    with tempfile.TemporaryDirectory() as scratch:
-        _fill(explained, first, normalisation, chosen, batch_size, Path(scratch), report)
-    network.to("cpu")
+    with tempfile.TemporaryDirectory(dir=scratch) as temporary:
+        try:
+            _fill(explained, first, normalisation, chosen, batch_size, Path(temporary), report)
+        finally:
+            network.to("cpu")
     return explained
 
 
@@ -412,76 +440,111 @@ def _enough(dataset: Dataset, per_class: int) -> None:
 @torch.no_grad()
 def _fill(explained: Explained, first: int, normalisation, device, batch_size: int, scratch: Path, report) -> None:
     """The passes over the folder and the clusterings."""
-    network, dataset = explained.network, explained.dataset
-    per_class, seed, restarts = (explained.settings[key] for key in ("per_class", "seed", "restarts"))
-    blocks = len(network.blocks)
-    start_blocks = range(blocks, first - 1, -1)
-    where = {"device": hardware.float64_device(device)}
+    start_blocks = range(len(explained.network.blocks), first - 1, -1)
+    passed = _first_pass(explained, first, device, batch_size, scratch, report)
+    if not explained.dataset.classes:
+        explained.dataset = _stand_in(explained, explained.settings["per_class"], report)
+    _cluster(explained, passed, start_blocks, normalisation, device)
+    z = _second_pass(explained, passed, start_blocks, device, batch_size)
+    if explained.predictions_as_labels:
+        explained.dataset = _stand_in_test(explained)
+    dataset, per_class = explained.dataset, explained.settings["per_class"]
+    options = {key: explained.settings[key] for key in ("seed", "restarts")}
+    for k in sorted({1, per_class}):
+        rows = lambda index: DenseRows(z["train"][index])  # noqa: E731
+        found = classwise(rows, dataset.train.labels, dataset.classes, k, progress=f"KMEx-{k}", **options)
+        explained.kmex[k] = KMEx(found, len(dataset.classes))
+    for b in start_blocks:
+        prototypes = explained.explainers[b].prototypes
+        explained.shared[b] = _shared(explained.maps[b, "train"], dataset.train.labels, prototypes)
+    explained.table = _table(explained, z, report)
 
+
+@contextmanager
+def _scores(network: Network) -> Iterator[list[torch.Tensor]]:
+    """y of every batch that passes through the network."""
     scores: list[torch.Tensor] = []
     hook = network.classifier.register_forward_hook(lambda module, z, y: scores.append(y.cpu()))
     try:
-        network.to(device)
-        probe = network.activations(dataset.normalise(dataset.train.pixels[:1], device))[first - 1 :]
-        scores.clear()
-        size = 4 * len(dataset.train) * sum(x.numel() for x in probe)
-        place = {"where": "memory"} if size <= IN_MEMORY else {"where": "disk", "folder": scratch}
-        x = keep(network, dataset, "train", first, device=device, batch_size=batch_size, **place)
-        explained.y["train"] = torch.cat(scores)
+        yield scores
     finally:
         hook.remove()
-    if not dataset.classes:
-        dataset = explained.dataset = _stand_in(explained, per_class, report)
-    labels, classes = dataset.train.labels, dataset.classes
 
+
+def _first_pass(explained: Explained, first: int, device, batch_size: int, scratch: Path, report) -> _Passed:
+    """Activations of the images that make prototypes, where they fit, and the scores."""
+    network, dataset = explained.network, explained.dataset
+    network.to(device)
+    probe = network.activations(dataset.normalise(dataset.train.pixels[:1], device))
+    blocks = len(network.blocks)
+    bytes_of = {b: 4 * sum(x.numel() for x in probe[b - 1 :]) for b in range(first, blocks + 1)}
+    needed, free = bytes_of[first] * len(dataset.train), shutil.disk_usage(scratch).free
+    where = "memory" if needed <= IN_MEMORY else "disk" if needed <= 0.9 * free else "nowhere"
+    if where == "nowhere":
+        report(
+            f"the activations take {needed / 2**30:.1f} GiB and {scratch.parent} has {free / 2**30:.1f} free: they are "
+            "computed anew whenever they are read, which is slow; scratch= names a folder with room"
+        )
+    options = {"device": device, "batch_size": batch_size}
+    with _scores(network) as scores:
+        x = keep(network, dataset, "train", first, where, folder=scratch, **options)
+        if where == "nowhere":
+            for _ in activations(network, dataset, "train", [blocks], **options):
+                pass
+        explained.y["train"] = torch.cat(scores)
+    return _Passed(x, where == "memory", bytes_of, 4 * probe[-1].numel())
+
+
+def _cluster(explained: Explained, passed: _Passed, start_blocks: range, normalisation, device) -> None:
+    """The encoder's prototypes from each start block, and the images nearest to them."""
+    dataset = explained.dataset
+    options = {key: explained.settings[key] for key in ("seed", "restarts")}
     for b in start_blocks:
-        rows_of = partial(x.rows, start_block=b, normalisation=normalisation, keep=place["where"] == "memory", **where)
-        name = explained.name(b)
-        found = classwise(rows_of, labels, classes, per_class, seed=seed, restarts=restarts, progress=name)
-        explained.explainers[b] = EncoderKMeans(found, len(classes), b, normalisation)
+
+        def rows_of(index: torch.Tensor, b: int = b):
+            fits = passed.in_memory or len(index) * passed.bytes_of[b] <= IN_MEMORY
+            return passed.x.rows(index, b, normalisation, keep=fits, device=hardware.float64_device(device))
+
+        labels, per_class, name = dataset.train.labels, explained.settings["per_class"], explained.name(b)
+        found = classwise(rows_of, labels, dataset.classes, per_class, progress=name, **options)
+        explained.explainers[b] = EncoderKMeans(found, len(dataset.classes), b, normalisation)
         explained.nearest[b] = _nearest(rows_of, labels, found, NEAREST)
 
-    z = {"train": [], "test": []}
-    h_bytes = 4 * (len(dataset.train) + len(dataset.test)) * probe[-1][0].numel()
+
+def _second_pass(
+    explained: Explained, passed: _Passed, start_blocks: range, device, batch_size: int
+) -> dict[str, torch.Tensor]:
+    """Maps of all images, scores and h of those held out; returns z by split."""
+    network, dataset = explained.network, explained.dataset
+    first, blocks = start_blocks[-1], start_blocks[0]
+    where = hardware.float64_device(device)
+    keep_h = passed.h_bytes * (len(dataset.train) + len(dataset.test)) <= KEPT_H
+    z: dict[str, list[torch.Tensor]] = {"train": [], "test": []}
     hs: dict[str, list[torch.Tensor]] = {"train": [], "test": []}
     maps: dict[tuple[int, str], list[torch.Tensor]] = {(b, s): [] for b in start_blocks for s in z}
 
     def note(split: str, outputs: list[torch.Tensor]) -> None:
+        padded = [None] * (first - 1) + [u.to(where) for u in outputs]
         for b in start_blocks:
             explainer = explained.explainers[b]
-            padded = [None] * (first - 1) + outputs
             maps[b, split].append(explainer.sim(explainer.h(padded)).int().cpu())
-        h = outputs[-1].cpu()
+        h = padded[-1].cpu()
         z[split].append(avg_pool(h))
-        if h_bytes <= KEPT_H:
+        if keep_h:
             hs[split].append(h)
 
     for index in torch.arange(len(dataset.train)).split(batch_size):
-        note("train", [u.to(where["device"]) for u in x.read(index, first)])
-    scores.clear()
-    hook = network.classifier.register_forward_hook(lambda module, z, y: scores.append(y.cpu()))
-    try:
-        for outputs in activations(
-            network, dataset, "test", range(first, blocks + 1), batch_size=batch_size, device=device
-        ):
-            note("test", [u.to(where["device"]) for u in outputs])
-    finally:
-        hook.remove()
+        note("train", passed.x.read(index, first))
+    held_out = range(first, blocks + 1)
+    with _scores(network) as scores:
+        for outputs in activations(network, dataset, "test", held_out, batch_size=batch_size, device=device):
+            note("test", outputs)
     explained.y["test"] = torch.cat(scores) if scores else explained.y["train"][:0]
     for (b, split), parts in maps.items():
         explained.maps[b, split] = torch.cat(parts) if parts else explained.maps[b, "train"][:0]
-    if h_bytes <= KEPT_H:
+    if keep_h:
         explained.h = {split: torch.cat(parts) for split, parts in hs.items() if parts}
-    z = {split: torch.cat(parts) for split, parts in z.items() if parts}
-    if explained.predictions_as_labels:
-        dataset = explained.dataset = _stand_in_test(explained)
-    for k in sorted({1, per_class}):
-        rows = lambda index: DenseRows(z["train"][index])  # noqa: E731
-        found = classwise(rows, labels, classes, k, seed=seed, restarts=restarts, progress=f"KMEx-{k}")
-        explained.kmex[k] = KMEx(found, len(classes))
-    for b in start_blocks:
-        explained.shared[b] = _shared(explained.maps[b, "train"], labels, explained.explainers[b].prototypes)
-    explained.table = _table(explained, z, report)
+    return {split: torch.cat(parts) for split, parts in z.items() if parts}
 
 
 def _stand_in(explained: Explained, per_class: int, report) -> Dataset:
@@ -581,7 +644,10 @@ def _table(explained: Explained, z: dict[str, torch.Tensor], report):
 
     own = network_classes(explained)
     if own is None:
-        report("accuracy of the network itself: not known, its classes do not name the folder's")
+        report(
+            f"accuracy of the network itself: not known, its classes ({_some(network.classes, 3)}) do not name the "
+            f"folder's ({_some(dataset.classes, 3)}): give classes="
+        )
     else:
         if network.pooled_linear:
             align("CNN", network.c[own].cpu(), torch.arange(len(own)))
@@ -594,7 +660,7 @@ def _table(explained: Explained, z: dict[str, torch.Tensor], report):
         name = f"KMEx (K/C={k})"
         align(name, kmex.prototypes.vectors, kmex.prototypes.labels)
         for split in z:
-            score(name, split, kmex.proj(torch.exp(-kmex.distances(z[split]))).argmax(1))
+            score(name, split, kmex.predict(z[split]))
     for b, explainer in explained.explainers.items():
         for split in z:
             score(explained.name(b), split, explainer.proj(explained.maps[b, split].long()).argmax(1))
@@ -609,13 +675,18 @@ def _split_name(split: str) -> str:
 
 
 def network_classes(explained: Explained) -> torch.Tensor | None:
-    """For each class of the folder the network's output of that name, [groups]; None if some have none."""
+    """For each class of the folder the network's output of that name, [groups]; None if a class has not exactly one.
+
+    Numbers that stand in for unknown names name nothing.
+    """
     if explained.predictions_as_labels:
         return torch.tensor(explained.settings["stand_in_classes"])
     plain = lambda name: name.lower().replace("_", " ").replace("-", " ").strip()  # noqa: E731
-    theirs = {plain(name): j for j, name in reversed(list(enumerate(explained.network.classes)))}
-    found = [theirs.get(plain(name)) for name in explained.dataset.classes]
-    return None if None in found else torch.tensor(found)
+    theirs = [plain(name) for name in explained.network.classes]
+    ours = [plain(name) for name in explained.dataset.classes]
+    if not explained.network.named or len(set(ours)) < len(ours) or any(theirs.count(name) != 1 for name in ours):
+        return None
+    return torch.tensor([theirs.index(name) for name in ours])
 
 
 # --- from the shell -----------------------------------------------------------------------------------------------
@@ -625,13 +696,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Explain a network on a folder of images: prototypes, a table of cosines and accuracy, panels, a report."""
     parser = argparse.ArgumentParser(prog="python -m kmex_utils.posthoc", description=main.__doc__)
     add = parser.add_argument
-    add("folder", help="<class>/*, or train/<class>/* and test/<class>/*, or images without labels")
+    add("folder", help="<class>/*, or train/<class>/* and test/<class>/* (or val/), or images without labels")
     add("--model", default="resnet50", help="a name of torchvision, timm/<name>, or notebook 1's backbone.safetensors")
     add("--weights", default="", help="imagenet (default), random, or a file with a state dict")
     add("--classes", default="", help="text file with the names of the network's classes, one a line")
     add("--blocks", nargs="*", default=[], help="names of the modules that end the blocks (default: by resolution)")
     add("--head", default="", help="name of the linear layer (default: the last)")
     add("--image-size", type=int, default=0, help="pixels (default: the weights' own)")
+    three = {"nargs": 3, "type": float, "default": [], "metavar": ("R", "G", "B")}
+    add(
+        "--mean",
+        **three,
+        help="of RGB values in [0, 1], for normalisation (default: the weights' own, else ImageNet's)",
+    )
+    add("--std", **three, help="the same")
     add("--fit", default="", help="crop (default: the centre square) or stretch")
     add("--start-block", type=int, default=0, help="shallowest block to explain from (default: the last three blocks)")
     add("--per-class", type=int, default=5, help="prototypes per class, K/C (default: 5)")
@@ -639,6 +717,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--restarts", type=int, default=3, help="of k-means (default: 3)")
     add("--seed", type=int, default=0, help="of k-means and of the held-out images (default: 0)")
     add("--device", default="auto", help="auto (default), cpu, cuda or mps")
+    add("--scratch", default="", help="folder for temporary files (default: the system's)")
     add("--out", default="explained", help="new folder for the results (default: explained)")
     add("--panel", nargs="*", default=[], metavar="IMAGE", help="images to draw Figure 1 of")
     add("--target", default="", help="class of attribution in the panels (default: the predicted one)")
@@ -665,8 +744,11 @@ def _run(options: argparse.Namespace) -> None:
         blocks=options.blocks,
         head=options.head,
         image_size=options.image_size,
+        mean=options.mean,
+        std=options.std,
         fit=options.fit,
     )
+    _check(options, model)
     explained = explain(
         model,
         options.folder,
@@ -676,6 +758,7 @@ def _run(options: argparse.Namespace) -> None:
         restarts=options.restarts,
         seed=options.seed,
         device=options.device,
+        scratch=options.scratch,
     )
     explained.save(out)
     rounded = explained.table.round(2).astype(object)
@@ -683,15 +766,33 @@ def _run(options: argparse.Namespace) -> None:
     from . import figures
 
     pictures = [explained.picture(image) for image in options.panel]
-    for picture in pictures:
+    names = ["-".join(Path(picture.name).with_suffix("").parts) for picture in pictures]
+    for i, picture in enumerate(pictures):
         figure = explained.panel(picture, target=options.target)
-        stem = out / f"panel-{Path(picture.name).stem}"
+        stem = out / f"panel-{names[i]}{f'-{i + 1}' if names.count(names[i]) > 1 else ''}"
         figures.save(figure, stem)
         print(f"{stem}.png")
     if options.report:
         print(explained.report(out / "report.html", pictures, overwrite=True))
     if options.export:
         print(explained.export(out / "export", resume=options.resume))
+
+
+def _check(options: argparse.Namespace, model: Network) -> None:
+    """Refuse before the computation what would fail after it."""
+    if options.target:
+        model.output(options.target)
+    for image in options.panel:
+        inside = Path(options.folder).expanduser() / image
+        file = inside if inside.is_file() else Path(image).expanduser()
+        if not file.is_file():
+            raise ValueError(f"--panel {image} is neither a file nor in {options.folder}")
+        try:
+            images.read(file, model.image_size, model.fit)
+        except ValueError as error:
+            raise ValueError(f"--panel {image} cannot be read: {error}") from None
+    if options.export:
+        require_pyarrow()
 
 
 if __name__ == "__main__":

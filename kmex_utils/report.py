@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +173,7 @@ def _encoded(pixels: np.ndarray, quality: int) -> str:
     return _encode(pixels.tobytes(), pixels.shape, quality)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _encode(content: bytes, shape: tuple[int, ...], quality: int) -> str:
     buffer = io.BytesIO()
     Image.fromarray(np.frombuffer(content, np.uint8).reshape(shape)).save(buffer, "WEBP", quality=quality)

@@ -59,7 +59,7 @@ class Run:
     def save_backbone(self, backbone: Backbone, settings: dict[str, Any]) -> None:
         """Weights and everything that made them."""
         state = backbone.state_dict()
-        save_tensors(self.folder / "backbone.safetensors", state, {**settings, "backbone": _fingerprint(state)})
+        save_tensors(self.folder / "backbone.safetensors", state, {**settings, "backbone": fingerprint(state)})
 
     def settings(self) -> dict[str, Any]:
         """Settings of the training, with ``classes`` and the ``backbone`` fingerprint."""
@@ -205,7 +205,8 @@ def trained_seeds(runs: str | Path, dataset: str) -> list[int]:
     return seeds
 
 
-def _fingerprint(state: dict[str, torch.Tensor]) -> str:
+def fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """16 hexadecimal digits that stand for the names and values of a state dict."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())

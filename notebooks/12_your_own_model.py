@@ -33,6 +33,8 @@ blocks: list[str] = []  # modules that end the blocks; empty: the last output at
 head: str = ""  # the linear layer; empty: the last one
 folder: str = ""  # <class>/*, or train/ and test/ with <class>/*, or images alone; empty: as in notebook 1
 image_size: int = 0  # pixels; 0: the weights' own
+mean: list[float] = []  # of RGB values in [0, 1], for normalisation; empty: the weights' own, else ImageNet's
+std: list[float] = []  # the same
 fit: str = ""  # crop (the centre square) or stretch; empty: crop, or as notebook 1 does for its own weights
 start_block: int = 0  # the shallowest block to explain from; 0: the last three blocks (B234 of four)
 prototypes_per_class: int = 5  # K/C, the same for every class
@@ -42,6 +44,7 @@ seed: int = 0  # of k-means and of the held-out images
 image: str = ""  # index or name of the image looked at; empty: the first held-out one
 target: str = ""  # class to attribute to; empty: the network's prediction
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
+scratch: str = ""  # folder for temporary files of what does not fit in memory; empty: the system's
 out: str = "runs/your-own-model"  # prototypes, table, report and export go here
 
 # %%
@@ -62,15 +65,20 @@ import torch
 from kmex_utils import paths, posthoc
 
 path = paths.resolve(model)
+if not folder and path.suffix != ".safetensors":
+    raise ValueError(f"give folder, the images to explain {model} on: only notebook 1's weights come with a data set")
 network = posthoc.network(
     path if path.suffix == ".safetensors" else model,
-    checkpoint,
-    classes=classes,
+    checkpoint if checkpoint in ("", "imagenet", "random") else paths.resolve(checkpoint),
+    classes=paths.resolve(classes) if classes else "",
     blocks=blocks,
     head=head,
     image_size=image_size,
+    mean=mean,
+    std=std,
     fit=fit,
 )
+print(network.preprocessing())
 x, y = network.outputs(torch.zeros(1, 3, network.image_size, network.image_size))
 shapes = [(name, u.shape[1], f"{u.shape[2]} x {u.shape[3]}") for name, u in zip(network.blocks, x, strict=True)]
 numbers = [f"B{b}" for b in range(1, len(x) + 1)]
@@ -114,6 +122,7 @@ explained = posthoc.explain(
     restarts=restarts,
     seed=seed,
     device=device,
+    scratch=paths.resolve(scratch) if scratch else None,
 )
 explained
 

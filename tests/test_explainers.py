@@ -47,10 +47,21 @@ def test_kmex_is_the_nearest_prototype():
     similarity = kmex.sim(kmex.h([h]))
     for n in range(9):
         distance = torch.stack([(z[n] - vector).square().sum().sqrt() for vector in p.vectors])
-        torch.testing.assert_close(similarity[n], torch.exp(-distance))
+        torch.testing.assert_close(similarity[n].float(), torch.exp(-distance))
         expected = torch.zeros(3)
         expected[p.labels[distance.argmin()]] = 1
         assert kmex([h])[n].tolist() == expected.tolist()
+
+
+def test_kmex_far_from_its_prototypes():
+    """Where exp(-d) underflows, in float32 at 104 and in float64 at 745, the closest prototype still wins."""
+    for far in (200.0, 2000.0):
+        kmex = KMEx(prototypes(torch.tensor([[3 * far, 0], [far, 0], [2 * far, 0]]), [0, 1, 2]), 3)
+        z = torch.tensor([[0.0, 0.0], [3.5 * far, 0.0]])
+        assert kmex.nearest(z).tolist() == [1, 0] and kmex.predict(z).tolist() == [1, 0]
+        assert kmex([z[:, :, None, None]]).argmax(1).tolist() == [1, 0]
+        if far < 745:
+            assert kmex.proj(kmex.sim(z)).argmax(1).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("start_block", [1, 2, 3])

@@ -156,6 +156,74 @@ def test_another_pool_is_noticed():
     assert found.between == "the input of its head is not the average of its feature maps"
 
 
+POOLS = {
+    "flatten": lambda x: x.flatten(2).mean(-1),
+    "view": lambda x: x.view(*x.shape[:2], -1).mean(dim=2),
+    "1d": lambda x: nn.AdaptiveAvgPool1d(1)(x.flatten(2)).flatten(1),
+    "functional 1d": lambda x: F.adaptive_avg_pool1d(x.reshape(*x.shape[:2], -1), 1)[..., 0],
+    "sum": lambda x: x.sum((2, 3)) / (x.shape[2] * x.shape[3]),
+    "twice": lambda x: x.mean(3).mean(2),
+}
+
+
+class Gated(nn.Module):
+    """Channels gated by a pooled descriptor (squeeze and excitation), and a choice of final pool."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, 2, 1)
+        self.gate = nn.Linear(8, 8)
+        self.second = nn.Conv2d(8, 16, 3, 2, 1)
+        self.fc = nn.Linear(16, 4)
+        self.pool = POOLS[pool]
+
+    def forward(self, x):
+        x = self.first(x)
+        x = self.second(x * self.gate(x.mean((2, 3))).sigmoid()[..., None, None])
+        return self.fc(self.pool(x))
+
+
+@pytest.mark.parametrize("pool", ["flatten", "view", "1d", "functional 1d"])
+def test_a_mean_over_flattened_positions_is_the_pool(pool):
+    found = Network(Gated(pool), image_size=32)
+    x = noise(found)
+    with torch.no_grad():
+        assert found.blocks == ("first", "second") and found.activations(x)[-1].shape == (2, 16, 8, 8)
+    assert theorem1_residual(found, x) < 1e-5
+
+
+@pytest.mark.parametrize("pool", ["sum", "twice"])
+def test_a_pool_that_is_not_recognised_is_refused(pool):
+    """The gate's pool must not pass for the one before the head."""
+    with pytest.raises(ValueError, match=r"second \(Conv2d\) of Gated makes maps after the last average pool"):
+        Network(Gated(pool), image_size=32)
+
+
+def test_equal_names_are_told_apart():
+    found = Network(Own(), image_size=32, classes=["crane", "cat", "crane", "dog"])
+    assert found.classes == ("crane (0)", "cat", "crane (2)", "dog") and found.named
+    assert found.output("crane (2)") == 2 and not Network(Own(), image_size=32).named
+    with pytest.raises(ValueError, match=r"target must be a class of Own, got 'crane': crane \([02]\), crane"):
+        found.output("crane")
+
+
+def test_weights_are_part_of_the_settings():
+    own = Own()
+    before = Network(own, image_size=32).settings()["network"]["weights"]
+    with torch.no_grad():
+        own.answer.bias += 1
+    assert Network(own, image_size=32).settings()["network"]["weights"] != before
+
+
+def test_what_is_assumed_is_said():
+    assert network(Own(), mean=(0.5,) * 3).assumed == ("image_size", "std")
+    found = network(Own(), image_size=32, mean=(0.5,) * 3, std=(1,) * 3)
+    assert found.assumed == () and found.preprocessing() == (
+        "32 x 32 pixels (crop), mean (0.5, 0.5, 0.5), std (1.0, 1.0, 1.0)"
+    )
+    assert "mean, std assumed: give mean=, std=" in network(Own(), image_size=32).preprocessing()
+
+
 class NoPool(nn.Module):
     def __init__(self):
         super().__init__()
@@ -179,6 +247,7 @@ class NoPool(nn.Module):
         (lambda: network("resnet18", "random", classes=["a", "b"]), "2 class names, but the head 'fc' .* has 1000"),
         (lambda: network("resnet18", "nowhere.pt"), "nowhere.pt does not exist"),
         (lambda: network(Own(), "random"), "your module comes with its own"),
+        (lambda: network(Own().half()), "Own has float16 weights, explanations are float32: give module.float()"),
         (lambda: network("resnet18", "random", fit="squeeze"), "fit must be one of crop, stretch"),
         (
             lambda: network("vit_b_16", "random", image_size=64),
@@ -210,7 +279,7 @@ def test_a_state_dict_from_a_file(resnet, kind, tmp_path):
     if kind == "safetensors":
         save_file(state, path)
     elif kind == "prefixed":
-        torch.save({f"module.{name}": value for name, value in state.items()}, path)
+        torch.save({f"model._orig_mod.module.{name}": value for name, value in state.items()}, path)
     else:
         torch.save({"epoch": 3, "state_dict": state} if kind == "wrapped" else state, path)
     found = network("resnet18", path, classes=list("abcdefg"), image_size=64)
@@ -224,6 +293,30 @@ def test_a_state_dict_without_bias(resnet, tmp_path):
     state = {name: value for name, value in resnet.state_dict().items() if name != "fc.bias"}
     save_file(state, tmp_path / "w.safetensors")
     assert network("resnet18", tmp_path / "w.safetensors", image_size=64).b is None
+
+
+@pytest.mark.parametrize("arch", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_are_dropped(arch, tmp_path):
+    """A fine-tuned network whose auxiliary heads were replaced, too; its input is transformed as ImageNet's was."""
+    from torchvision import models
+
+    theirs = models.get_model(arch, weights=None, init_weights=False, aux_logits=True, transform_input=True)
+    theirs.fc = nn.Linear(theirs.fc.in_features, 7)
+    for name in ("AuxLogits",) if arch == "inception_v3" else ("aux1", "aux2"):
+        setattr(theirs, name, nn.Linear(3, 7))
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    found = network(arch, tmp_path / "w.pth", image_size=96)
+    x = noise(found)
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), theirs.eval()(x), rtol=1e-3, atol=1e-5)
+    assert found.module.transform_input
+
+
+def test_a_network_without_v1_weights():
+    from kmex_utils.backbones import weights_entry
+
+    assert weights_entry("resnet50").name == "IMAGENET1K_V1"
+    assert weights_entry("regnet_y_128gf").name == "IMAGENET1K_SWAG_E2E_V1"
 
 
 def test_files_that_do_not_fit(resnet, tmp_path):

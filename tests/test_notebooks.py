@@ -197,11 +197,15 @@ def test_your_own_model_on_notebook_1s_data(story):
 @pytest.mark.notebook
 def test_your_own_model_by_name_on_a_folder(folder, tmp_path):
     given = {"model": "resnet18", "checkpoint": "random", "image_size": 32, "prototypes_per_class": 2, "restarts": 1}
+    given |= {"mean": [0.5, 0.5, 0.5], "std": [1, 1, 1]}
     executed = execute("12_your_own_model", tmp_path, folder=str(folder), out=str(tmp_path / "own"), **given)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     assert not any(output.output_type == "error" for output in outputs)
     still = [output for output in outputs if "kmex-still" in output.get("data", {}).get("text/html", "")]
     assert len(still) == 1, "a still view stands in where widgets cannot run"
+    assert "mean (0.5, 0.5, 0.5), std (1.0, 1.0, 1.0)" in str(outputs)
+    with pytest.raises(papermill.PapermillExecutionError, match="give folder, the images to explain resnet18 on"):
+        execute("12_your_own_model", tmp_path, model="resnet18")
     assert (tmp_path / "own" / "B234.safetensors").exists() and (tmp_path / "own" / "report.html").exists()
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import sys
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from kmex_utils import images, posthoc
+from kmex_utils.activations import keep
 from kmex_utils.composite import composite
 from kmex_utils.interpretation import interpret
 from kmex_utils.measures import cosine_alignment
@@ -61,6 +63,11 @@ def test_the_folder_is_read_and_split(explained, photos):
     assert np.abs(dataset.test.rgb(0).astype(int) - np.asarray(expected)).mean() < 1
 
 
+def test_what_is_assumed_is_said(explained, said):
+    assert explained.network.assumed == ("mean", "std")
+    assert said[0] == f"images enter ResNet as {explained.network.preprocessing()}" and "assumed" in said[0]
+
+
 def test_panels_are_figure_1s(explained):
     """The cached way gives what the notebooks' function computes from scratch."""
     for i in (0, 7):
@@ -95,6 +102,72 @@ def test_an_image_from_anywhere_is_the_same(explained, photos):
         explained.panel(0, target="dog")
     with pytest.raises(ValueError, match="start blocks run from 2 to 4, got 1"):
         explained.panel(0, [1])
+
+
+def test_an_open_image_is_treated_as_its_file(explained, tmp_path):
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (60, 90, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 100).save(tmp_path / "16.png")
+    for file in sorted(tmp_path.iterdir()):
+        with Image.open(file) as image:
+            assert np.array_equal(explained.picture(image).pixels, explained.picture(file).pixels), file.name
+    for array in (pixels / 255, pixels.astype(np.int64), pixels.transpose(2, 0, 1)):
+        with pytest.raises(ValueError, match=r"an array must be uint8 \[H, W, 3\] with values 0 … 255, got"):
+            explained.picture(array)
+
+
+@pytest.mark.parametrize("free", [10**12, 0])
+def test_what_does_not_fit_in_memory(resnet, photos, explained, tmp_path, monkeypatch, free):
+    """From temporary files, or computed anew, the result is the same; the files are gone afterwards."""
+    monkeypatch.setattr(posthoc, "IN_MEMORY", 0)
+    monkeypatch.setattr(posthoc.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+    said, made = [], []
+    monkeypatch.setattr(posthoc, "keep", lambda *a, **k: made.append(a[4]) or keep(*a, **k))
+    options = {"prototypes_per_class": 3, "held_out": 0.25, "restarts": 2, "device": "cpu"}
+    found = posthoc.explain(resnet, photos, start_block=4, scratch=tmp_path, report=said.append, **options)
+    assert made == ["disk" if free else "nowhere"] and not list(tmp_path.iterdir())
+    assert any("computed anew whenever they are read" in line for line in said) is (not free)
+    torch.testing.assert_close(found.explainers[4].prototypes.vectors, explained.explainers[4].prototypes.vectors)
+    for split in ("train", "test"):
+        torch.testing.assert_close(found.y[split], explained.y[split])
+    with pytest.raises(FileNotFoundError, match="scratch must be a folder that exists"):
+        posthoc.explain(resnet, photos, scratch=tmp_path / "nowhere", **options)
+
+
+def test_patches_are_kept_within_a_bound(explained, monkeypatch):
+    monkeypatch.setattr(posthoc, "KEPT_PATCHES", 2)
+    explained._patches.clear()
+    drawn = [explained.patch(4, k).pixels for k in range(4)]
+    assert len(explained._patches) == 2 and np.array_equal(explained.patch(4, 0).pixels, drawn[0])
+
+
+def test_what_the_network_knows_of_the_folders_classes(explained):
+    def of(named, network, folder):
+        network = type("Network", (), {"named": named, "classes": network})
+        dataset = type("Dataset", (), {"classes": folder})
+        found = posthoc.network_classes(
+            type("Found", (), {"network": network, "dataset": dataset, "predictions_as_labels": False})
+        )
+        return None if found is None else found.tolist()
+
+    assert of(True, ("0", "1", "2"), ("2", "0")) == [2, 0]
+    assert of(False, ("0", "1", "2"), ("2", "0")) is None, "numbers made up for unknown names name nothing"
+    assert of(True, ("Maine Coon", "cat"), ("cat", "maine_coon")) == [1, 0]
+    assert of(True, ("crane (0)", "cat", "crane (2)"), ("cat", "crane")) is None
+    assert of(True, ("Crane", "cat", "crane"), ("cat", "crane")) is None
+
+
+def test_an_interrupted_computation_leaves_the_network_on_the_cpu(resnet, photos, monkeypatch):
+    moved = []
+    monkeypatch.setattr(type(resnet), "to", lambda self, device: moved.append(str(device)) or self)
+    monkeypatch.setattr(posthoc, "classwise", lambda *a, **k: moved.clear() or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        posthoc.explain(resnet, photos, device="cpu", start_block=4, prototypes_per_class=2, report=str)
+    assert moved == ["cpu"] and not resnet.classifier._forward_hooks
 
 
 def test_the_table_by_definition(explained):
@@ -199,6 +272,7 @@ def test_modes_are_converted_and_said_once(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "cut.png").write_bytes((tmp_path / "RGB.png").read_bytes()[:300])
     (tmp_path / "notes.txt").write_text("left alone")
+    (tmp_path / "phone.HEIC").write_bytes(b"left alone")
     said = []
     found = images.load(tmp_path, 40, mean=(0,) * 3, std=(1,) * 3, held_out=0, report=said.append)
     by_name = {name: found.train.rgb(i) for i, name in enumerate(found.train.names)}
@@ -207,6 +281,7 @@ def test_modes_are_converted_and_said_once(tmp_path):
         assert np.array_equal(by_name[name], np.dstack([grey] * 3)), name
     assert (by_name["RGBA.png"] == 255).all(), "what is transparent is white"
     assert by_name["CMYK.jpg"][20, 20, 0] > 200 > by_name["CMYK.jpg"][20, 20, 1]
+    assert sorted(said.pop(0).removeprefix("left out by their ending: ").split(", ")) == ["1 .heic", "1 .txt"]
     assert said[:3] == ["cannot read cut.png: " + said[0].split(": ")[1], "cannot read empty.jpg: zero bytes", said[2]]
     assert said[2] == "cannot read text.png: not an image"
     assert said[3] == "3 of 10 images cannot be read and are left out"
@@ -225,10 +300,61 @@ def test_an_image_on_its_side_is_turned(tmp_path):
     assert (found[:, :8] > 200).all() and (found[:, 12:] < 50).all()
 
 
+def test_16_bits_have_one_scale(tmp_path):
+    """A dark 16-bit image stays dark: the scale is the mode's, not the image's own."""
+    for name, value in (("dark", 5140), ("white", 65535)):
+        Image.fromarray(np.full((20, 20), value, np.uint16)).save(tmp_path / f"{name}.png")
+    assert images.read(tmp_path / "dark.png", 20)[0].max() == 20
+    assert images.read(tmp_path / "white.png", 20)[0].min() == 255
+    Image.fromarray(np.ones((20, 20), np.float32)).save(tmp_path / "f.tiff")
+    with pytest.raises(ValueError, match="no fixed white"):
+        images.read(tmp_path / "f.tiff", 20)
+
+
+def made_folder(root, files):
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        if "empty" in file:
+            (root / file).write_bytes(b"")
+        else:
+            Image.new("RGB", (8, 8)).save(root / file)
+    return root
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Train", "valid"), ("train", "validation"), ("TRAIN", "Test")])
+def test_a_split_goes_by_many_names(names, tmp_path):
+    made_folder(tmp_path, [f"{split}/{c}/{i}.png" for split in names for c in ("cat", "dog") for i in range(2)])
+    found = images.load(tmp_path, 8, mean=(0,) * 3, std=(1,) * 3)
+    assert found.classes == ("cat", "dog") and found.test.labels.tolist() == [0, 0, 1, 1]
+    for part, name in zip((found.train, found.test), names, strict=True):
+        assert {file.split("/")[0] for file in part.names} == {name}
+
+
+def test_images_go_to_scratch(tmp_path, monkeypatch):
+    folder = made_folder(tmp_path / "in", [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(5)])
+    options = {"mean": (0,) * 3, "std": (1,) * 3, "scratch": tmp_path}
+    expected = images.load(folder, 8, **options)
+    monkeypatch.setattr(images, "IN_MEMORY", 0)
+    found = images.load(folder, 8, **options)
+    for split in ("train", "test"):
+        assert isinstance(found.split(split).pixels, np.memmap), "never a copy in memory"
+        assert np.array_equal(found.split(split).pixels, expected.split(split).pixels)
+        assert found.split(split).names == expected.split(split).names
+    full = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(images.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(ValueError, match="free: give scratch=, a folder with room"):
+        images.load(folder, 8, **options)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ([], "holds no images"),
+        (["train/1.png", "test/1.png"], "holds train/, test/ but not as a split with class folders: give <class>"),
+        ([f"{s}/{c}/1.png" for s in ("train", "val", "test") for c in "ab"], "of three splits, put train/ and test/"),
+        (["train/a/1.png", "train/b/1.png", "other/a/1.png"], "holds train/ but not as a split"),
+        (["Val/a/1.png", "Val/b/1.png"], "holds Val/ but not as a split"),
+        (["train/a/1.png", "train/b/empty.png", "val/b/1.png"], "no image of class 'b' in .* can be read"),
         (["cat/1.png", "cat/2.png"], "holds one class only .cat.: give at least two"),
         (["cat/1.png", "dog/1.png", "1.png"], "holds 1 images beside the class folders cat, dog"),
         (["train/cat/1.png", "train/dog/1.png", "test/cow/1.png"], "has classes that train/ lacks: cow"),
@@ -236,12 +362,7 @@ def test_an_image_on_its_side_is_turned(tmp_path):
     ],
 )
 def test_folders_that_do_not_do(files, message, tmp_path):
-    for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        if "empty" in file:
-            (tmp_path / file).write_bytes(b"")
-        else:
-            Image.new("RGB", (8, 8)).save(tmp_path / file)
+    made_folder(tmp_path, files)
     with pytest.raises(ValueError, match=message):
         images.load(tmp_path, 8, mean=(0,) * 3, std=(1,) * 3, report=str)
 
@@ -363,14 +484,30 @@ def test_a_killed_export_continues(explained, mixed, tmp_path, monkeypatch):
         return outputs(x)
 
     monkeypatch.setattr(explained.network, "outputs", killed)
+    moved = []
+    monkeypatch.setattr(explained.network, "to", lambda device: moved.append(str(device)))
     with pytest.raises(KeyboardInterrupt):
         explained.export(tmp_path / "parts", mixed, batch_size=2, device="cpu", report=str)
     assert not (tmp_path / "parts" / "images.parquet").exists()
+    assert moved == ["cpu", "cpu"], "to the device, and back in spite of the kill"
     explained.export(tmp_path / "parts", mixed, batch_size=2, device="cpu", report=str, resume=True)
     assert len(calls) == 6, "two batches before the kill, one killed, three after"
     for table in ("images", "segments"):
         pd.testing.assert_frame_equal(*(pd.read_parquet(f / f"{table}.parquet") for f in (whole, tmp_path / "parts")))
     assert not (tmp_path / "parts" / "parts").exists()
+
+
+def test_an_export_of_other_weights_is_not_continued(explained, mixed, tmp_path):
+    pytest.importorskip("pyarrow", reason="Parquet needs it")
+    explained.export(tmp_path / "out", mixed, maps="none", device="cpu", report=str)
+    other = copy.copy(explained)
+    other.settings = json.loads(json.dumps(explained.settings))
+    explained.export(tmp_path / "out", mixed, maps="none", device="cpu", report=str, resume=True)
+    trained_on = copy.deepcopy(explained.network)
+    trained_on.classifier.bias.data += 1
+    other.settings |= trained_on.settings()
+    with pytest.raises(ValueError, match="of other images or settings"):
+        other.export(tmp_path / "out", mixed, maps="none", device="cpu", report=str, resume=True)
 
 
 def test_maps_as_png(explained, mixed, tmp_path):
@@ -393,13 +530,18 @@ def test_the_shell(photos, tmp_path, capsys, monkeypatch):
     arguments = [str(photos), "--model", "resnet18", "--weights", "random", "--image-size", "64", "--per-class", "2"]
     arguments += ["--restarts", "1", "--start-block", "4", "--device", "cpu", "--out", str(out)]
     picture = str(photos / "flower" / "00.png")
-    assert posthoc.main([*arguments, "--panel", picture, "--report", "--export"]) == 0
+    normalisation = ["--mean", "0.5", "0.5", "0.5", "--std", "0.2", "0.2", "0.2"]
+    others = ["--panel", picture, "temple/00.png", "--report", "--export"]
+    assert posthoc.main([*arguments, *normalisation, *others]) == 0
+    network = json.loads((out / "settings.json").read_text())["network"]
+    assert (network["mean"], network["std"]) == ([0.5] * 3, [0.2] * 3)
     for product in (
         "B4.safetensors",
         "KMEx-2.safetensors",
         "table.csv",
         "settings.json",
-        "panel-00.png",
+        "panel-flower-00.png",
+        "panel-temple-00.png",
         "report.html",
     ):
         assert (out / product).stat().st_size > 100, product
@@ -409,6 +551,37 @@ def test_the_shell(photos, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == f"error: {out} exists: choose another --out, or give --resume to go on in it\n"
     assert posthoc.main([*arguments[:3], "--model", "resnet19"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(posthoc, "explain", lambda *a, **k: pytest.fail("checked only after the computation"))
+    (tmp_path / "bad.png").write_text("not an image")
+    arguments[-1] = str(tmp_path / "new")
+    for wrong, message in (
+        (["--panel", "nowhere.png"], "--panel nowhere.png is neither a file nor in"),
+        (["--panel", str(tmp_path / "bad.png")], "bad.png cannot be read: not an image"),
+        (["--target", "doggo"], "target must be a class of resnet18, got 'doggo'"),
+    ):
+        assert posthoc.main([*arguments, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert posthoc.main([*arguments, "--export"]) == 2 and "pip install pyarrow" in capsys.readouterr().err
+
+
+def test_saving_again_leaves_nothing_stale(explained, tmp_path):
+    explained.save(tmp_path)
+    (tmp_path / "B1234.safetensors").write_text("of a deeper explanation before")
+    (tmp_path / "KMEx-9.safetensors").write_text("of another K/C")
+    explained.save(tmp_path)
+    found = {file.name for file in tmp_path.glob("*.safetensors")}
+    assert found == {
+        "B4.safetensors",
+        "B34.safetensors",
+        "B234.safetensors",
+        "KMEx-1.safetensors",
+        "KMEx-3.safetensors",
+    }
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "B1234.safetensors").write_text("of notebook 4")
+    explained.save(tmp_path / "run")
+    assert (tmp_path / "run" / "B1234.safetensors").exists(), "not what this made"
 
 
 def test_a_data_set_of_this_project():
