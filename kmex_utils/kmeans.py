@@ -302,20 +302,17 @@ def _draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def _shrink(rows: Rows, centroids: torch.Tensor, closest: torch.Tensor) -> None:
     """Lower ``closest`` [R, n] to the squared distance to one more centroid of each restart, [R, D]."""
-    squared = centroids.square().sum(1, keepdim=True)
-    for span, chunk in rows.chunks():
-        scale = chunk.squared + squared
-        distance = chunk.dots(centroids).mul_(-2).add_(scale)
-        # below the rounding of its terms a distance is zero: a row is not drawn twice
-        distance.masked_fill_(distance <= 4e-7 * scale, 0)
+    for span, distance in _squared_distances(rows, centroids, rounding=4e-7):  # so that no row is drawn twice
         closest[:, span] = torch.minimum(closest[:, span], distance)
 
 
-def _squared_distances(rows: Rows, p: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """||p_k - q_r||² chunk by chunk, [K, chunk]."""
+def _squared_distances(rows: Rows, p: torch.Tensor, rounding: float = 0) -> Iterator[tuple[slice, torch.Tensor]]:
+    """||p_k - q_r||² chunk by chunk, [K, chunk]; zero where it is no more than ``rounding`` times its terms."""
     squared = p.square().sum(1, keepdim=True)
     for span, chunk in rows.chunks():
-        yield span, chunk.dots(p).mul_(-2).add_(chunk.squared + squared).clamp_min_(0)
+        scale = chunk.squared + squared
+        distance = chunk.dots(p).mul_(-2).add_(scale)
+        yield span, distance.masked_fill_(distance <= rounding * scale, 0)
 
 
 def _assess(rows: Rows, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

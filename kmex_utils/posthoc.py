@@ -598,18 +598,13 @@ def _nearest(rows_of, labels: torch.Tensor, prototypes: Prototypes, count: int) 
         index = torch.nonzero(labels == c).flatten()
         rows = rows_of(index)
         p = prototypes.vectors[own].to(rows.device)
-        best = torch.full((len(index), len(own)), torch.inf, device=rows.device)
-        where = torch.zeros((len(index), len(own)), dtype=torch.int64, device=rows.device)
-        for span, chunk in rows.chunks():
-            distance = (chunk.squared - 2 * chunk.dots(p)).T
-            image, position = rows.locate(torch.arange(span.start, span.stop, device=rows.device))
-            best.scatter_reduce_(0, image[:, None].expand_as(distance), distance, "amin")
-            row, k = torch.nonzero(distance <= best[image], as_tuple=True)
-            where[image[row], k] = position[row]
+        by_image = (len(own), -1, rows.rows_per_image)  # chunks are whole images
+        least = [(chunk.squared - 2 * chunk.dots(p)).view(by_image).min(2) for _, chunk in rows.chunks()]
+        best, where = (torch.cat(part, 1) for part in zip(*least, strict=True))
         some = min(count, len(index))
-        order = best.topk(some, 0, largest=False).indices
-        images[own, :some] = index[order.T.cpu()]
-        positions[own, :some] = where.gather(0, order).T.cpu()
+        order = best.topk(some, 1, largest=False).indices
+        images[own, :some] = index[order.cpu()]
+        positions[own, :some] = where.gather(1, order).cpu()
     return images, positions
 
 
