@@ -19,8 +19,8 @@ PER_SEED = ["01_train", "02_cnn_as_sem", "03_kmex", "04_encoder", "05_protopnet"
 STAGES = ["train", "sem", "kmex", "encoder", "protopnet"]
 PER_DATASET = ["06_alignment", "07_accuracy", "08_umap", "09_interpretation"]
 TAKES = {  # parameters a data set's entry in the configuration may set, beside those the rules give
-    "01_train": ["folder", "classes", "crop", "images_per_class", "image_size", "arch", "weights", "epochs",
-                 "batch_size", "learning_rate", "momentum", "precision", "device", "data"],
+    "01_train": ["folder", "classes", "crop", "images_per_class", "validation", "image_size", "flip", "padding", "arch",
+                 "weights", "bias", "epochs", "batch_size", "learning_rate", "momentum", "precision", "device", "data"],
     "02_cnn_as_sem": ["device"],
     "03_kmex": ["restarts"],
     "04_encoder": ["start_blocks", "prototypes_per_class", "norm", "scale", "align_corners", "restarts",

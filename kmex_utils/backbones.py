@@ -64,8 +64,10 @@ def avg_pool(h: torch.Tensor) -> torch.Tensor:
     return h.mean((2, 3))
 
 
-def resnet(arch: str = "resnet34", classes: int = 10, weights: str = "scratch", seed: int = 0) -> Backbone:
-    """Any ResNet of torchvision as blocks B1 … B4 with a fresh bias-free classifier.
+def resnet(
+    arch: str = "resnet34", classes: int = 10, weights: str = "scratch", seed: int = 0, bias: bool = False
+) -> Backbone:
+    """Any ResNet of torchvision as blocks B1 … B4 with a fresh classifier.
 
     Parameters
     ----------
@@ -75,6 +77,8 @@ def resnet(arch: str = "resnet34", classes: int = 10, weights: str = "scratch", 
         ``imagenet`` (torchvision's IMAGENET1K_V1, downloaded on first use) or ``scratch``.
     seed
         Of the random initialisation; the caller's random state is left as it was.
+    bias
+        Give the classifier one; eq. 2 has none.
 
     Raises
     ------
@@ -96,7 +100,7 @@ def resnet(arch: str = "resnet34", classes: int = 10, weights: str = "scratch", 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = get_model(arch, weights=None)
-        classifier = nn.Linear(network.fc.in_features, classes, bias=False)
+        classifier = nn.Linear(network.fc.in_features, classes, bias=bias)
     if weights == "imagenet":
         network.load_state_dict(imagenet_weights(arch))
     stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)

@@ -164,6 +164,9 @@ def load(
     classes: str = "",
     crop: bool = False,
     images_per_class: int = 0,
+    validation: float = 0.0,
+    flip: float = -1.0,
+    padding: int = -1,
     data: str | Path = paths.DATA,
 ) -> Dataset:
     """A data set by name, or one's own images.
@@ -183,6 +186,11 @@ def load(
         CUB-200: cut each image to its bounding box.
     images_per_class
         Keep the first so many images of each class in either split; 0 keeps all.
+    validation
+        To choose settings by: the last of this share of each class's training images take the test split's place,
+        and the test images are not read.
+    flip, padding
+        Augmentation, see :class:`Recipe`; -1 takes the recipe's.
     data
         Where downloads and decoded images are kept.
 
@@ -201,8 +209,17 @@ def load(
         raise ValueError("`crop` cuts to CUB-200's bounding boxes; leave it False for other data")
     if image_size < 0 or images_per_class < 0:
         raise ValueError("image_size and images_per_class must be 0 (the default) or positive")
+    if not 0 <= validation < 1:
+        raise ValueError(f"validation must be a share of the training images, at least 0 and below 1, got {validation}")
+    if (flip != -1 and not 0 <= flip <= 1) or padding < -1:
+        raise ValueError(f"flip must be a probability and padding pixels (-1: the recipe's), got {flip} and {padding}")
     recipe = RECIPES.get(name, RECIPES["folder"])
-    recipe = replace(recipe, image_size=image_size or recipe.image_size)
+    recipe = replace(
+        recipe,
+        image_size=image_size or recipe.image_size,
+        flip=recipe.flip if flip == -1 else flip,
+        padding=recipe.padding if padding == -1 else padding,
+    )
     data = paths.resolve(data)
 
     if folder:
@@ -212,12 +229,13 @@ def load(
     else:
         source = {"mnist-mini": _mnist_mini, "mnist": _mnist, "stl10": _stl10}[name](data)
     keep = matching(source.classes, classes)
-    splits = [
-        _first_per_class(split.only(keep), images_per_class).decoded(
-            recipe.image_size, data / "cache", f"{name}-{part}"
-        )
-        for part, split in (("train", source.train), ("test", source.test))
-    ]
+    train = _first_per_class(source.train.only(keep), images_per_class)
+    if validation:
+        train, test = _held_out(train, validation)
+    else:
+        test = _first_per_class(source.test.only(keep), images_per_class)
+    parts = (("train", train), ("validation" if validation else "test", test))
+    splits = [split.decoded(recipe.image_size, data / "cache", f"{name}-{part}") for part, split in parts]
     return Dataset(name, tuple(source.classes[c] for c in keep), *splits, recipe)
 
 
@@ -318,6 +336,17 @@ def _first_per_class(split, count: int):
         return split
     index = np.sort(np.concatenate([np.flatnonzero(split.labels == c)[:count] for c in np.unique(split.labels)]))
     return split.take(index, split.labels[index])
+
+
+def _held_out(split, share: float):
+    """The split without, and of, the last ``share`` of each class."""
+    mine = [np.flatnonzero(split.labels == c) for c in np.unique(split.labels)]
+    kept = [len(index) - round(share * len(index)) for index in mine]
+    if not all(0 < k < len(index) for k, index in zip(kept, mine, strict=True)):
+        raise ValueError(f"validation={share} leaves a class without training or validation images")
+    first = np.sort(np.concatenate([index[:k] for k, index in zip(kept, mine, strict=True)]))
+    last = np.sort(np.concatenate([index[k:] for k, index in zip(kept, mine, strict=True)]))
+    return split.take(first, split.labels[first]), split.take(last, split.labels[last])
 
 
 def matching(classes: tuple[str, ...], patterns: str) -> list[int]:

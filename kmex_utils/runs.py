@@ -88,7 +88,7 @@ class Run:
             )
         arch, classes = settings["arch"], len(settings["classes"])
         with torch.device("meta"):  # no weights are drawn only to be replaced
-            backbone = resnet(arch, classes)
+            backbone = resnet(arch, classes, bias=settings.get("bias", False))
         try:
             backbone.load_state_dict(state, assign=True)
         except RuntimeError as error:

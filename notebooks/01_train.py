@@ -32,9 +32,13 @@ folder: str = ""  # own images: train/<class>/*, test/<class>/*
 classes: str = ""  # comma-separated names or patterns of the classes to keep, e.g. *Sparrow; empty: all
 crop: bool = False  # cub200: cut each image to its bounding box
 images_per_class: int = 0  # keep the first so many of each class in either split; 0: all
+validation: float = 0.0  # to choose settings: this share of the training images stands in for the test split
 image_size: int = 0  # pixels; 0: the data set's own
+flip: float = -1.0  # probability of a horizontal flip; -1: the data set's own
+padding: int = -1  # pixels around the random crop; -1: the data set's own
 arch: str = "resnet34"  # any torchvision ResNet
 weights: str = ""  # imagenet or scratch; empty: the data set's own
+bias: bool = False  # of the classifier; eq. 2 has none
 epochs: int = 0  # 0: the data set's own
 batch_size: int = 0  # 0: the data set's own
 learning_rate: float = 0.0  # at the first step; 0: the data set's own
@@ -61,10 +65,12 @@ from dataclasses import asdict
 
 from kmex_utils import datasets
 
-choice = {name: settings[name] for name in ("folder", "classes", "crop", "images_per_class", "image_size", "data")}
+of_data = ("folder", "classes", "crop", "images_per_class", "validation", "image_size", "flip", "padding", "data")
+choice = {name: settings[name] for name in of_data}
 images = datasets.load(dataset, **choice)
 recipe = images.recipe
-print(f"{len(images.train):,} training and {len(images.test):,} test images of {len(images.classes)} classes")
+held_out = "validation" if validation else "test"
+print(f"{len(images.train):,} training and {len(images.test):,} {held_out} images of {len(images.classes)} classes")
 asdict(recipe)
 
 # %%
@@ -84,7 +90,7 @@ from kmex_utils.backbones import resnet
 
 device = hardware.pick_device(device)
 threads = hardware.set_threads(threads)
-backbone = resnet(arch, len(images.classes), weights or recipe.weights, seed)
+backbone = resnet(arch, len(images.classes), weights or recipe.weights, seed, bias)
 blocks = backbone.eval().activations(images.normalise(images.train.pixels[:2]))
 {f"B{b}": f"{x.shape[2]} x {x.shape[3]} positions, {x.shape[1]} channels" for b, x in enumerate(blocks, 1)}
 
@@ -111,6 +117,7 @@ made_by = {
     "data": choice,
     "arch": arch,
     "weights": weights or recipe.weights,
+    "bias": bias,
     "seed": seed,
     "threads": threads,
 }
@@ -139,8 +146,9 @@ from kmex_utils.measures import accuracy
 
 z = {split: embed(backbone, images, split, device=device) for split in ("train", "test")}
 labels = {split: images.split(split).labels for split in z}
-reached = {split: accuracy((z[split] @ backbone.c.detach().cpu().T).argmax(1), labels[split]) for split in z}
-{split: f"{value:.2f} %" for split, value in reached.items()}
+y = {split: backbone.cpu().classifier(z[split]) for split in z}
+reached = {split: accuracy(y[split].argmax(1), labels[split]) for split in z}
+{held_out if split == "test" else split: f"{value:.2f} %" for split, value in reached.items()}
 
 # %%
 trained = {"schedule": asdict(schedule), "precision": precision, "history": history, "machine": hardware.machine()}

@@ -58,7 +58,7 @@ import torch
 
 from kmex_utils.explainers import CNNAsSEM
 
-sem = CNNAsSEM(backbone.c)
+sem = CNNAsSEM(backbone.c, backbone.b)
 x, labels = next(images.batches("test", 256, device))
 with torch.no_grad():
     h = backbone.activations(x)
