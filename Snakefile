@@ -23,7 +23,7 @@ TAKES = {  # parameters a data set's entry in the configuration may set, beside 
                  "weights", "bias", "epochs", "batch_size", "learning_rate", "momentum", "precision", "device", "data"],
     "02_cnn_as_sem": ["device"],
     "03_kmex": ["restarts"],
-    "04_encoder": ["start_blocks", "prototypes_per_class", "norm", "scale", "align_corners", "restarts",
+    "04_encoder": ["start_blocks", "prototypes_per_class", "norm", "scale", "align_corners", "grid", "restarts",
                    "activations_in", "device"],
     "05_protopnet": ["features_from", "prototypes_per_class", "prototype_depth", "prototype_size", "warm_epochs",
                      "joint_epochs", "push_start", "push_every", "last_passes", "batch_size", "features_rate",
@@ -94,6 +94,8 @@ rule train:
         given=given("01_train", seed=seed, threads=config["threads"]),
     log:
         f"{RUN}/notebooks/01_train.ipynb",
+    benchmark:
+        f"{RUN}/cost/01_train.tsv"
     threads: config["threads"]
     message:
         "training: {wildcards.dataset}, seed {wildcards.seed}"
@@ -112,6 +114,8 @@ rule cnn_as_sem:
         given=given("02_cnn_as_sem", seed=seed),
     log:
         f"{RUN}/notebooks/02_cnn_as_sem.ipynb",
+    benchmark:
+        f"{RUN}/cost/02_cnn_as_sem.tsv"
     threads: config["threads"]
     message:
         "CNN as a SEM: {wildcards.dataset}, seed {wildcards.seed}"
@@ -131,6 +135,8 @@ rule kmex:
         given=given("03_kmex", seed=seed),
     log:
         f"{RUN}/notebooks/03_kmex.ipynb",
+    benchmark:
+        f"{RUN}/cost/03_kmex.tsv"
     threads: config["threads"]
     message:
         "KMEx: {wildcards.dataset}, seed {wildcards.seed}"
@@ -150,6 +156,8 @@ rule encoder:
         given=given("04_encoder", seed=seed, threads=config["threads"]),
     log:
         f"{RUN}/notebooks/04_encoder.ipynb",
+    benchmark:
+        f"{RUN}/cost/04_encoder.tsv"
     threads: config["threads"]
     message:
         "encoder prototypes: {wildcards.dataset}, seed {wildcards.seed}"
@@ -169,6 +177,8 @@ rule protopnet:
         given=given("05_protopnet", seed=seed, threads=config["threads"]),
     log:
         f"{RUN}/notebooks/05_protopnet.ipynb",
+    benchmark:
+        f"{RUN}/cost/05_protopnet.tsv"
     threads: config["threads"]
     message:
         "ProtoPNet: {wildcards.dataset}, seed {wildcards.seed}"
@@ -188,6 +198,8 @@ rule alignment:
         given=given("06_alignment", seeds=SEEDS, figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/06_alignment.ipynb",
+    benchmark:
+        f"{DATA}/cost/06_alignment.tsv"
     threads: config["threads"]
     message:
         "Table 1: {wildcards.dataset}"
@@ -207,6 +219,8 @@ rule accuracy:
         given=given("07_accuracy", seeds=SEEDS, figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/07_accuracy.ipynb",
+    benchmark:
+        f"{DATA}/cost/07_accuracy.tsv"
     threads: config["threads"]
     message:
         "Table 2: {wildcards.dataset}"
@@ -227,6 +241,8 @@ rule umap:
         given=given("08_umap", seed=SEEDS[0], figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/08_umap.ipynb",
+    benchmark:
+        f"{DATA}/cost/08_umap.tsv"
     threads: config["threads"]
     message:
         "Figure 2: {wildcards.dataset}"
@@ -246,6 +262,8 @@ rule interpretation:
         given=given("09_interpretation", seed=SEEDS[0], figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/09_interpretation.ipynb",
+    benchmark:
+        f"{DATA}/cost/09_interpretation.tsv"
     threads: config["threads"]
     message:
         "Figure 1: {wildcards.dataset}"
@@ -266,6 +284,8 @@ rule subset:
         given=given("10_subset", seeds=SEEDS, threads=config["threads"], figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/10_subset.ipynb",
+    benchmark:
+        f"{DATA}/cost/10_subset.tsv"
     threads: config["threads"]
     message:
         "subsets: {wildcards.dataset}"

@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import paths
+from .store import load_tensors
+
 
 class Backbone(nn.Module):
     """x -> enc -> h -> avg.pool -> z -> clf -> y.
@@ -74,7 +77,8 @@ def resnet(
     arch
         ``resnet18``, ``resnet34``, ``resnet50``, ``wide_resnet50_2``, ``resnext50_32x4d`` …
     weights
-        ``imagenet`` (torchvision's IMAGENET1K_V1, downloaded on first use) or ``scratch``.
+        ``imagenet`` (torchvision's IMAGENET1K_V1, downloaded on first use), ``scratch``, or the
+        ``backbone.safetensors`` of another training: its blocks, and its classifier where the shapes agree.
     seed
         Of the random initialisation; the caller's random state is left as it was.
     bias
@@ -95,8 +99,10 @@ def resnet(
     ]
     if arch not in known:
         raise ValueError(f"unknown arch {arch!r}: use one of {', '.join(known)}")
-    if weights not in ("imagenet", "scratch"):
-        raise ValueError(f"weights must be 'imagenet' or 'scratch', got {weights!r}")
+    if weights not in ("imagenet", "scratch") and not weights.endswith(".safetensors"):
+        raise ValueError(
+            f"weights must be 'imagenet', 'scratch' or a backbone.safetensors of notebook 01_train, got {weights!r}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = get_model(arch, weights=None)
@@ -105,7 +111,20 @@ def resnet(
         network.load_state_dict(imagenet_weights(arch))
     stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
     blocks = [nn.Sequential(*stem, network.layer1), network.layer2, network.layer3, network.layer4]
-    return Backbone(blocks, classifier).to(memory_format=torch.channels_last)
+    backbone = Backbone(blocks, classifier).to(memory_format=torch.channels_last)
+    if weights.endswith(".safetensors"):
+        _start_from(backbone, paths.resolve(weights), arch)
+    return backbone
+
+
+def _start_from(backbone: Backbone, path: Path, arch: str) -> None:
+    state, _ = load_tensors(path)
+    own = backbone.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    lacking = [name for name in own if name not in fitting and not name.startswith("classifier")]
+    if lacking:
+        raise ValueError(f"{path} does not fit {arch}: it lacks {lacking[0]} or has it in another shape; check arch")
+    backbone.load_state_dict(fitting, strict=False)
 
 
 def weights_entry(arch: str):

@@ -6,7 +6,7 @@ product on channels, so the two commute, as average pool and classifier do in Th
 
     q_r · p_k = Σ_b s(b)_r [A_b (x(b) p_k(b))]_r
 
-with A_b the interpolation to the shallowest block's grid and s(b)_r the normalisation of eq. 8.
+with A_b the interpolation to the shared grid (the shallowest block's) and s(b)_r the normalisation of eq. 8.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +20,7 @@ from .hardware import rows_at_once
 
 NORMS = ("position", "channel", "image")
 SCALES = ("1/D", "1/sqrt(D)", "1")
+GRIDS = ("shallowest", "deepest", "double")
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,32 @@ class Normalisation:
         The factor beside it: ``1/D`` (as printed), ``1/sqrt(D)`` or ``1``.
     align_corners
         Of the bilinear interpolation, as in PyTorch.
+    grid
+        The shared resolution R': that of the ``shallowest`` block used (the default) or of the ``deepest``, or the
+        ``double`` of the shallowest along each side.
     """
 
     norm: str = "position"
     scale: str = "1/D"
     align_corners: bool = False
+    grid: str = "shallowest"
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
         if self.scale not in SCALES:
             raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {self.grid!r}")
 
     def factor(self, channels: int) -> float:
         """The scale of a block of D_b channels."""
         return {"1/D": 1 / channels, "1/sqrt(D)": channels**-0.5, "1": 1.0}[self.scale]
+
+    def shared_grid(self, blocks: Sequence[torch.Tensor]) -> tuple[int, int]:
+        """(H', W') for block outputs [N, D_b, H_b, W_b], shallowest first."""
+        height, width = blocks[-1 if self.grid == "deepest" else 0].shape[2:]
+        return (2 * height, 2 * width) if self.grid == "double" else (height, width)
 
 
 def composite(blocks: Sequence[torch.Tensor], normalisation: Normalisation = Normalisation()) -> torch.Tensor:
@@ -57,7 +69,7 @@ def composite(blocks: Sequence[torch.Tensor], normalisation: Normalisation = Nor
 
     All-zero rows (or channels, or images) stay zero. Memory grows with R' Σ D_b; see :class:`CompositeRows`.
     """
-    size = blocks[0].shape[2:]
+    size = normalisation.shared_grid(blocks)
     axes = {"position": 1, "channel": (2, 3), "image": (1, 2, 3)}[normalisation.norm]
     parts = []
     for x in blocks:
@@ -218,7 +230,7 @@ class CompositeChunk:
     @cached_property
     def blocks(self) -> list[_Block]:
         """The blocks with their scales, computed on first use."""
-        out = tuple(self._x[0].shape[2:])
+        out = self._normalisation.shared_grid(self._x)
         blocks = [_Block(x, out, self._normalisation) for x in self._x]
         if not all(torch.isfinite(block.squared.sum()) for block in blocks):
             raise ValueError("the activations hold NaN or infinite values: check the images and the weights")
@@ -235,10 +247,12 @@ class CompositeChunk:
             p = p.split([block.channels for block in self.blocks], 1)
         total = None
         for block, p_b in zip(self.blocks, p, strict=True):
-            if total is None:  # the shallowest, on its own grid
+            if total is not None:
+                total.addcmul_(block.up(_dots(p_b, block.x)), block.s)
+            elif block.same_grid:
                 total = _dots(p_b, block.x * block.s[:, None])
             else:
-                total.addcmul_(block.up(_dots(p_b, block.x)), block.s)
+                total = block.up(_dots(p_b, block.x)) * block.s
         return total
 
     def sums(self, weights: torch.Tensor) -> torch.Tensor:
@@ -259,7 +273,7 @@ class CompositeChunk:
 class CompositeRows:
     """The rows of q(b:) for k-means and the explainers, exact, at the blocks' own resolutions.
 
-    Rows run image by image and, within an image, along the shallowest block's grid, row-major.
+    Rows run image by image and, within an image, along the shared grid, row-major.
 
     Parameters
     ----------
@@ -293,7 +307,7 @@ class CompositeRows:
         self.images = images
         self.normalisation = normalisation
         first = read(0, 1)
-        self.grid = tuple(first[0].shape[2:])
+        self.grid = normalisation.shared_grid(first)
         self.origin = first[0].new_zeros(())
         self._channels = [x.shape[1] for x in first]
         self.dim = sum(self._channels)

@@ -98,7 +98,7 @@ class Dataset:
 
     def normalise(self, pixels: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """uint8 [n, 1 or 3, S, S] to the network's input, float32 [n, 3, S, S], channels last."""
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+        x = torch.from_numpy(np.array(pixels)).to(device)  # a copy: cached images are read-only
         return self._normalised(x)
 
     def _normalised(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ class Dataset:
         """
         generator = epoch_generator(seed, epoch)
         for index in shuffled(len(self.train), batch_size, generator):
-            pixels = torch.from_numpy(np.ascontiguousarray(self.train.pixels[index.numpy()])).to(device)
+            pixels = torch.from_numpy(np.array(self.train.pixels[index.numpy()])).to(device)
             pixels = augment(pixels, self.recipe.flip, self.recipe.padding, generator)
             yield self._normalised(pixels), self.train.labels[index].to(device)
 

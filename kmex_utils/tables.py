@@ -50,12 +50,22 @@ COLUMNS = ["dataset", "model", "metric", "split", "mean", "std", "n_seeds", "pap
 
 def note(training: dict) -> str:
     """What separates our numbers from the paper's, from a training's settings."""
-    parts = [f"Ours: {training['arch']}, weights {training['weights']}, {training['schedule']['epochs']} epochs."]
-    if training["weights"] != "imagenet":
+    parts = [f"Ours: {training['arch']}, {_trained(training)}."]
+    if "weights imagenet" not in parts[0]:
         parts.append("The paper's backbone was pretrained on ImageNet; ours was trained from scratch.")
     if training["dataset"] == "mnist-mini":
         parts.append("`paper` is the paper's value for MNIST in full; ours are 2,500 training and 1,500 test digits.")
     return " ".join(parts)
+
+
+def _trained(training: dict) -> str:
+    """Start and epochs, of the trainings before it too."""
+    epochs = f"{training['schedule']['epochs']} epochs"
+    if training["data"]["image_size"]:
+        epochs += f" at {training['data']['image_size']} px"
+    if "before" in training:
+        return f"{_trained(training['before'])}, then {epochs}"
+    return f"weights {training['weights']}, {epochs}"
 
 
 def tidy(records: Iterable[dict], published: dict) -> pd.DataFrame:

@@ -37,7 +37,7 @@ image_size: int = 0  # pixels; 0: the data set's own
 flip: float = -1.0  # probability of a horizontal flip; -1: the data set's own
 padding: int = -1  # pixels around the random crop; -1: the data set's own
 arch: str = "resnet34"  # any torchvision ResNet
-weights: str = ""  # imagenet or scratch; empty: the data set's own
+weights: str = ""  # imagenet, scratch or the backbone.safetensors of another training; empty: the data set's own
 bias: bool = False  # of the classifier; eq. 2 has none
 epochs: int = 0  # 0: the data set's own
 batch_size: int = 0  # 0: the data set's own
@@ -101,7 +101,9 @@ blocks = backbone.eval().activations(images.normalise(images.train.pixels[:2]))
 # was killed continues from there and ends with the same weights.
 
 # %%
+from kmex_utils import paths
 from kmex_utils.runs import Run
+from kmex_utils.store import load_settings
 from kmex_utils.training import Schedule, train
 
 run = Run.of(runs, dataset, seed)
@@ -122,6 +124,8 @@ made_by = {
     "threads": threads,
 }
 made_by["classes"] = list(images.classes)
+if made_by["weights"].endswith(".safetensors"):
+    made_by["before"] = load_settings(paths.resolve(made_by["weights"]))
 history = train(
     backbone,
     images,

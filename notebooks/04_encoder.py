@@ -35,6 +35,9 @@ prototypes_per_class: int = 0  # K/C; 0: the data set's own
 norm: str = "position"  # what ||u|| of eq. 8 runs over: position, channel or image
 scale: str = "1/D"  # the factor beside it: 1/D, 1/sqrt(D) or 1
 align_corners: bool = False  # of the bilinear interpolation of eq. 7
+grid: str = (
+    "shallowest"  # the shared resolution R' of eq. 7: the shallowest block's, the deepest's, or double the first
+)
 restarts: int = 10  # of k-means; the best is kept
 activations_in: str = "memory"  # memory, disk, disk-half (float16) or nowhere (computed anew at each pass)
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
@@ -54,7 +57,7 @@ from kmex_utils.runs import Run
 
 run = Run.of(runs, dataset, seed)
 names = {b: block_name(b) for b in sorted(start_blocks, reverse=True)}
-normalisation = Normalisation(norm, scale, align_corners)
+normalisation = Normalisation(norm, scale, align_corners, grid)
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
 backbone, images = run.backbone(), run.load_dataset()
 per_class = prototypes_per_class or images.recipe.prototypes_per_class
@@ -85,8 +88,8 @@ from functools import partial
 from kmex_utils.explainers import EncoderKMeans
 from kmex_utils.kmeans import classwise
 
-made_by = {"per_class": per_class, "norm": norm, "scale": scale, "align_corners": align_corners, "restarts": restarts}
-made_by["activations_in"] = activations_in
+made_by = {"per_class": per_class, "norm": norm, "scale": scale, "align_corners": align_corners, "grid": grid}
+made_by |= {"restarts": restarts, "activations_in": activations_in}
 where = {"device": hardware.float64_device(device), "keep": activations_in == "memory"}
 explainers = {}
 for b, name in names.items():

@@ -51,7 +51,7 @@ backbone, images = run.backbone(), run.load_dataset()
 explainers = {}
 for b in range(min(start_blocks), 5):
     prototypes, made_by = run.prototypes(block_name(b), "04_encoder")
-    normalisation = Normalisation(made_by["norm"], made_by["scale"], made_by["align_corners"])
+    normalisation = Normalisation(*(made_by[name] for name in ("norm", "scale", "align_corners", "grid")))
     explainers[b] = EncoderKMeans(prototypes, len(images.classes), b, normalisation)
 list(explainers)
 

@@ -8,13 +8,15 @@ from conftest import blocks_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kmex_utils.composite import NORMS, SCALES, CompositeRows, Normalisation, composite
+from kmex_utils.composite import GRIDS, NORMS, SCALES, CompositeRows, Normalisation, composite
 from kmex_utils.kmeans import kmeans
 
 
-def naive_composite(blocks, norm, scale, align_corners):
+def naive_composite(blocks, norm, scale, align_corners, grid="shallowest"):
     """Eq. 7 and 8 position by position: q[n][r] as a list of numbers."""
-    images, (height, width) = len(blocks[0]), blocks[0].shape[2:]
+    images, (height, width) = len(blocks[0]), blocks[-1 if grid == "deepest" else 0].shape[2:]
+    if grid == "double":
+        height, width = 2 * height, 2 * width
     rows = torch.zeros(images, height * width, sum(x.shape[1] for x in blocks), dtype=torch.float64)
     offset = 0
     for x in blocks:
@@ -65,6 +67,14 @@ def test_composite_is_eq_8(norm, scale, align_corners):
     torch.testing.assert_close(q.double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_shared_grid(grid):
+    blocks = blocks_of()
+    expected = naive_composite(blocks, "position", "1/D", False, grid)
+    q = composite(blocks, Normalisation(grid=grid))
+    torch.testing.assert_close(q.double(), expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
 def test_operator_is_the_matrix(norm, align_corners):
@@ -83,14 +93,15 @@ def test_operator_is_the_matrix(norm, align_corners):
     norm=st.sampled_from(NORMS),
     scale=st.sampled_from(SCALES),
     align_corners=st.booleans(),
+    grid=st.sampled_from(GRIDS),
     signed=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_operator_is_the_matrix_for_any_shape(n, sizes, channels, norm, scale, align_corners, signed, seed):
+def test_operator_is_the_matrix_for_any_shape(n, sizes, channels, norm, scale, align_corners, grid, signed, seed):
     generator = torch.Generator().manual_seed(seed)
     blocks = [torch.randn(n, d, *size, generator=generator) for size, d in zip(sizes, channels, strict=False)]
     blocks = blocks if signed else [x.relu() for x in blocks]
-    check_operator([x.double() for x in blocks], Normalisation(norm, scale, align_corners))
+    check_operator([x.double() for x in blocks], Normalisation(norm, scale, align_corners, grid))
 
 
 def check_operator(blocks, normalisation, **options):

@@ -171,7 +171,7 @@ def test_missing_imagenet_weights_are_one_clear_line(hub, no_network):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="unknown arch 'vgg16': use one of .*resnet34"):
         resnet("vgg16", 4)
-    with pytest.raises(ValueError, match="'imagenet' or 'scratch'"):
+    with pytest.raises(ValueError, match="weights must be 'imagenet', 'scratch' or a"):
         resnet("resnet18", 4, "imagnet")
     with pytest.raises(ValueError, match="device 'gpu' cannot be used here"):
         pick_device("gpu")
