@@ -35,6 +35,8 @@ TAKES = {  # parameters a data set's entry in the configuration may set, beside 
     "08_umap": ["group"],
     "09_interpretation": ["image", "target", "attribution_start"],
     "10_subset": ["fractions", "draws", "restarts", "device"],
+    "13_open_choices": ["fit_on", "others", "device"],
+    "14_depth": ["fit_on", "device"],
 }  # fmt: skip
 
 
@@ -293,6 +295,50 @@ rule subset:
         papermill("10_subset")
 
 
+rule open_choices:
+    """13: each reading the paper leaves open, alone; asked for by `extras`."""
+    input:
+        expand(f"{RUN}/results-kmex.json", seed=SEEDS, allow_missing=True),
+        code=code("13_open_choices", "studies", "kmeans", "composite", "explainers", "attribution"),
+    output:
+        f"{TABLES}/ledger.csv",
+        f"{TABLES}/ledger.png",
+        f"{TABLES}/ledger.pdf",
+    params:
+        given=given("13_open_choices", seeds=SEEDS, threads=config["threads"], figures_folder=FIGURES),
+    log:
+        f"{DATA}/notebooks/13_open_choices.ipynb",
+    benchmark:
+        f"{DATA}/cost/13_open_choices.tsv"
+    threads: config["threads"]
+    message:
+        "open choices: {wildcards.dataset}"
+    shell:
+        papermill("13_open_choices")
+
+
+rule depth:
+    """14: accuracy against start block and K/C; asked for by `extras`."""
+    input:
+        expand(f"{RUN}/backbone.safetensors", seed=SEEDS, allow_missing=True),
+        code=code("14_depth", "studies", "kmeans", "composite", "explainers"),
+    output:
+        f"{TABLES}/depth.csv",
+        f"{TABLES}/depth.png",
+        f"{TABLES}/depth.pdf",
+    params:
+        given=given("14_depth", seeds=SEEDS, threads=config["threads"], figures_folder=FIGURES),
+    log:
+        f"{DATA}/notebooks/14_depth.ipynb",
+    benchmark:
+        f"{DATA}/cost/14_depth.tsv"
+    threads: config["threads"]
+    message:
+        "depth and K/C: {wildcards.dataset}"
+    shell:
+        papermill("14_depth")
+
+
 rule scaling:
     """11: what it costs on this machine, which it wants for itself; asked for by `extras`."""
     input:
@@ -313,9 +359,9 @@ rule scaling:
 
 
 rule extras:
-    """What goes beyond the paper: subsets and scaling."""
+    """What goes beyond the paper: subsets, open choices, depth and scaling."""
     input:
-        expand(f"{TABLES}/subset.csv", dataset=DATASETS),
+        expand(f"{TABLES}/{{study}}.csv", dataset=DATASETS, study=["subset", "ledger", "depth"]),
         f"{FIGURES}/scaling/fit.csv",
 
 

@@ -304,3 +304,61 @@ def scaling_explanations(explained: pd.DataFrame) -> Figure:
     side.invert_yaxis()
     plt.close(figure)  # shown once, by the caller
     return figure
+
+
+DEPTHS = ("B4", "B34", "B234", "B1234")  # their colours and markers, the same in every figure
+
+
+def _of_depth(model: str) -> dict:
+    return dict(zip(("color", "marker"), (palette(10)[DEPTHS.index(model)], "osD^"[DEPTHS.index(model)]), strict=True))
+
+
+def ledger(changes: pd.DataFrame, title: str = "") -> Figure:
+    """Change of test accuracy under each option, a mark per seed; ``changes`` of :func:`kmex_utils.studies.changes`."""
+    some = changes.query("metric == 'accuracy' and split == 'test'")
+    some = some[some.model.isin(DEPTHS)]
+    options = list(dict.fromkeys(zip(some.question, some.option, strict=True)))
+    models = [model for model in DEPTHS if model in set(some.model)]
+    figure, side = plt.subplots(figsize=(7.2, 0.42 * len(options) + 1.1))
+    for i, model in enumerate(models):
+        mine = some[some.model == model]
+        aside = 0.22 * (i - (len(models) - 1) / 2)
+        place = [-options.index(key) - aside for key in zip(mine.question, mine.option, strict=True)]
+        side.plot(mine.change, place, linestyle="", markersize=5, alpha=0.85, label=model, **_of_depth(model))
+    side.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    side.set_yticks([-i for i in range(len(options))], [f"{question}: {option}" for question, option in options])
+    side.set(xlabel="change of test accuracy (points), one mark per seed", title=title)
+    side.grid(axis="y", alpha=0.3)
+    side.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    plt.close(figure)  # shown once, by the caller
+    return figure
+
+
+def depth_study(records: pd.DataFrame, title: str = "") -> Figure:
+    """Test accuracy against K/C for each start block, a panel per scale; ``records`` of notebook 14."""
+    some = records.query("metric == 'accuracy' and split == 'test'")
+    scales = [scale for scale in dict.fromkeys(some.scale) if scale]
+    figure, axes = plt.subplots(1, len(scales), figsize=(4.2 * len(scales) + 1, 3.2), sharey=True, squeeze=False)
+    for side, scale in zip(axes[0], scales, strict=True):
+        for model, mine in some.groupby("model", sort=False):
+            one_scale = model in ("KMEx", "CNN", "B4")
+            mine = mine if one_scale else mine[mine.scale == scale]
+            found = mine.groupby("per_class")["value"].agg(["mean", "min", "max"])
+            if model == "CNN":
+                side.axhline(found["mean"].iloc[0], color="0.3", linestyle="--", linewidth=1.2, label="CNN")
+                continue
+            look = _of_depth(model) if model in DEPTHS else {"color": "0.5", "marker": "P"}
+            side.plot(found.index, found["mean"], markersize=4, label=model, **look)
+            side.fill_between(found.index, found["min"], found["max"], color=look["color"], alpha=0.2, linewidth=0)
+        side.set_xscale("log")
+        ticks = sorted(k for k in some.per_class.unique() if k)
+        side.set_xticks(ticks, [f"{k:g}" for k in ticks])
+        side.minorticks_off()
+        names = {"1/D": "factor $1/D_b$ (as printed)", "1/sqrt(D)": "factor $1/\\sqrt{D_b}$", "1": "equal weights"}
+        side.set(xlabel="prototypes per class, K/C", title=names.get(scale, scale))
+    axes[0, 0].set_ylabel("test accuracy (%)")
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if title:
+        figure.suptitle(title)
+    plt.close(figure)  # shown once, by the caller
+    return figure
