@@ -115,8 +115,11 @@ def markdown(table: pd.DataFrame, digits: int, note: str = "") -> str:
     return text + (f"\n\n{note}\n" if note else "\n")
 
 
-def save(table: pd.DataFrame, path: Path, digits: int, note: str = "") -> None:
-    """The tidy table as CSV at ``path`` and as Markdown beside it."""
+def save(table: pd.DataFrame, path: Path, digits: int, note: str = "", records: Iterable[dict] = ()) -> None:
+    """The tidy table as CSV at ``path``, as Markdown beside it, and its ``records`` as ``<name>-seeds.csv``."""
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.6g")
+    if records:
+        with replacing(path.with_name(f"{path.stem}-seeds.csv")) as temporary:
+            pd.DataFrame(records).to_csv(temporary, index=False, float_format="%.6g")
     save_text(path.with_suffix(".md"), markdown(table, digits, note))

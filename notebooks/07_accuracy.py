@@ -56,7 +56,7 @@ from kmex_utils import paths, tables
 
 table = tables.tidy(records, tables.TABLE2)
 path = paths.resolve(figures_folder) / dataset / "table2.csv"
-tables.save(table, path, digits=1, note=tables.note(all_runs[0].settings()))
+tables.save(table, path, digits=1, note=tables.note(all_runs[0].settings()), records=records)
 Markdown(path.with_suffix(".md").read_text())
 
 # %% [markdown]
