@@ -11,6 +11,8 @@ RUNS = config.get("runs", "runs")
 FIGURES = config.get("figures", "figures")
 DATASETS = config["datasets"]
 SEEDS = config["seeds"]
+REPORT = config.get("report", "report")  # folder of notebook 15's page beside the figures
+CONFIG = str(workflow.configfiles[-1])
 
 RUN = f"{RUNS}/{{dataset}}/seed-{{seed}}"  # one training
 DATA = f"{RUNS}/{{dataset}}"  # what is drawn from all of a data set's trainings
@@ -339,6 +341,23 @@ rule depth:
         papermill("14_depth")
 
 
+rule report:
+    """15: paper and ours over all data sets; asked for by `extras`."""
+    input:
+        expand(f"{TABLES}/{{product}}", dataset=DATASETS, product=["table1.csv", "table2.csv", "figure1.png", "figure2.png", "ledger.csv", "depth.csv"]),
+        code=code("15_report", "reproduction", "figures"),
+    output:
+        f"{FIGURES}/{REPORT}/report.md",
+    params:
+        given=shlex.quote(json.dumps({"datasets": list(DATASETS), "config": CONFIG, "name": REPORT, "runs": RUNS, "figures_folder": FIGURES})),
+    log:
+        f"{RUNS}/{REPORT}/notebooks/15_report.ipynb",
+    message:
+        "report"
+    shell:
+        papermill("15_report")
+
+
 rule scaling:
     """11: what it costs on this machine, which it wants for itself; asked for by `extras`."""
     input:
@@ -359,8 +378,9 @@ rule scaling:
 
 
 rule extras:
-    """What goes beyond the paper: subsets, open choices, depth and scaling."""
+    """What goes beyond the paper: subsets, open choices, depth, the report and scaling."""
     input:
+        f"{FIGURES}/{REPORT}/report.md",
         expand(f"{TABLES}/{{study}}.csv", dataset=DATASETS, study=["subset", "ledger", "depth"]),
         f"{FIGURES}/scaling/fit.csv",
 

@@ -19,6 +19,8 @@ TINY = {
     "08_umap": dict(group="0,1,2", images_per_class=15),
     "09_interpretation": dict(image=3),
     "10_subset": dict(fractions=[0.5, 1.0], draws=1, start_blocks=[4], prototypes_per_class=2, restarts=2, seeds=[3]),
+    "13_open_choices": dict(prototypes_per_class=2, restarts=2, fit_on=8, attribution_images=5, seeds=[3]),
+    "14_depth": dict(start_blocks=[4, 2], prototypes_per_class=[1, 3], fit_on=8, restarts=2, seeds=[3]),
     "11_scaling": dict(repeats=1, images=[], prototypes_per_class=[], start_blocks=[], class_images=2, restarts=2)
     | dict(batch=1, prototypes=32, explanation_repeats=1, gradient_steps=2, stream_rows=[2000, 4000]),
 }
@@ -39,6 +41,9 @@ def test_the_story_is_complete():
         "10_subset",
         "11_scaling",
         "12_your_own_model",
+        "13_open_choices",
+        "14_depth",
+        "15_report",
     ]
 
 
@@ -75,9 +80,11 @@ def story(tmp_path_factory):
         if name in ON_THEIR_OWN:
             continue
         given = {"dataset": "mnist-mini", "runs": str(folder / "runs"), **TINY.get(name, {})}
+        if name == "15_report":
+            given = {"datasets": [given.pop("dataset")], "config": "config/quick.yaml", **given}
         if name >= "06":
             given["figures_folder"] = str(folder / "figures")
-        if name not in ("06_alignment", "07_accuracy", "10_subset"):
+        if name not in ("06_alignment", "07_accuracy", "10_subset", "13_open_choices", "14_depth", "15_report"):
             given["seed"] = 3
         execute(name, folder, **given)
     return folder
@@ -154,6 +161,31 @@ def test_subset_study(story):
     assert set(records.model) == {"KMEx", "B4"} and set(records.fraction) == {0.5, 1.0}
     assert (records.inertia[records.fraction == 0.5] > 1).all()
     assert records.accuracy.between(0, 100).all() and records.agreement.between(-1, 1).all()
+
+
+@pytest.mark.notebook
+def test_open_choices_and_depth(story):
+    folder = story / "figures" / "mnist-mini"
+    ledger = pd.read_csv(folder / "ledger.csv", keep_default_na=False)
+    questions = {"default", "norm", "scale", "align_corners", "grid", "attribution start", "pairs"}
+    assert set(ledger.question) == questions
+    depth = pd.read_csv(folder / "depth.csv")
+    assert set(depth.model) == {"KMEx", "B4", "B234", "CNN"} and set(depth.per_class) == {0, 1, 3}
+    for name in ("ledger.png", "depth.png"):
+        assert (folder / name).stat().st_size > 5000
+
+
+@pytest.mark.notebook
+def test_report(story):
+    folder = story / "figures" / "report"
+    page = (folder / "report.md").read_text()
+    table = pd.read_csv(folder / "table2.csv").set_index(["model", "split"])
+    train = results(story, "train")
+    assert table["mean"]["CNN", "test"] == pytest.approx(train["CNN", "accuracy", "test"], abs=1e-3)
+    assert table.outside.isna().all(), "one seed"
+    assert f"{train['CNN', 'accuracy', 'test']:.1f}" in page and "seeds: [0, 1]" in page
+    assert set(pd.read_csv(folder / "relations.csv").seeds) == {1}
+    assert len(pd.read_csv(folder / "curves.csv")) == 2
 
 
 @pytest.mark.notebook

@@ -1,0 +1,137 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 15. The reproduction report
+#
+# Every number of the paper's Tables 1 and 2 beside ours, what of its findings holds, what each open choice is worth,
+# and what it cost. It only puts together what the notebooks before have saved; the page for readers is
+# `figures/report/report.md`.
+
+# %% tags=["parameters"]
+datasets: list[str] = ["mnist-mini"]  # data sets whose notebooks have run
+config: str = ""  # the batch configuration that made the runs, e.g. config/scratch.yaml; printed in the report
+name: str = "report"  # the report goes to <figures_folder>/<name>/
+runs: str = "runs"  # where the earlier notebooks left their results
+figures_folder: str = "figures"  # where tables and figures of the data sets are
+
+# %%
+from kmex_utils import parameters
+
+settings = parameters.check(globals())
+
+# %%
+import pandas as pd
+
+from kmex_utils import paths, reproduction
+from kmex_utils.datasets import RECIPES
+
+if config and not paths.resolve(config).is_file():
+    raise FileNotFoundError(
+        f"{paths.resolve(config)} does not exist: give the configuration that made the runs, or none"
+    )
+folder = paths.resolve(figures_folder)
+read = {}
+for dataset in datasets:
+    for part in ("table1", "table2", "table1-seeds", "table2-seeds", "ledger"):
+        path = folder / dataset / f"{part}.csv"
+        if path.exists():
+            read[dataset, part] = pd.read_csv(path)
+        elif part.startswith("table"):
+            raise FileNotFoundError(f"{path} does not exist: run notebooks 06_alignment and 07_accuracy for {dataset}")
+own = {dataset: RECIPES.get(dataset, RECIPES["folder"]).prototypes_per_class for dataset in datasets}
+records = {d: pd.concat([read[d, "table1-seeds"], read[d, "table2-seeds"]]) for d in datasets}
+
+# %% [markdown]
+# ## What was run
+
+# %%
+trained, curves = reproduction.trainings(runs, datasets)
+trained
+
+# %% [markdown]
+# Training curves: loss and running accuracy on augmented training images.
+
+# %%
+from kmex_utils import figures
+
+figure = figures.training_curves(curves)
+figures.save(figure, folder / name / "curves")
+figure
+
+# %% [markdown]
+# ## Does what the paper finds hold?
+#
+# Each finding as a number, with the criterion that makes it hold; `holds_in` counts the seeds.
+
+# %%
+found = pd.concat([reproduction.check_relations(records[d], d, own[d]) for d in datasets])
+found.round(2)
+
+# %% [markdown]
+# ## Every number
+#
+# `margin` is what chance allows for the difference if the paper's five seeds spread as ours do (95 %); `outside` marks
+# differences beyond it and is empty where one seed has no spread.
+
+# %%
+tables = {
+    part: pd.concat([reproduction.compare(read[d, part]) for d in datasets], ignore_index=True)
+    for part in ("table1", "table2")
+}
+tables["table1"].round(2)
+
+# %%
+tables["table2"].round(1)
+
+# %% [markdown]
+# ## The price of each reading
+#
+# What B4 and B234 lose to the CNN on test images, in the paper and under each reading of what it leaves open.
+
+# %%
+priced = [reproduction.prices(read[d, "ledger"], records[d], d) for d in datasets if (d, "ledger") in read]
+priced = pd.concat(priced, ignore_index=True) if priced else pd.DataFrame()
+priced.round(2)
+
+# %% [markdown]
+# ## Hours and bytes
+
+# %%
+cost, files = reproduction.costs(runs, datasets), reproduction.disk(runs, datasets)
+cost.pivot_table(index="notebook", columns="dataset", values="minutes").round(1) if len(cost) else cost
+
+# %% [markdown]
+# ## Beside others' networks from scratch
+#
+# A sanity check of the training: test accuracies that others report for networks trained from scratch on the same data.
+
+# %%
+others = reproduction.beside_others(records, trained)
+others
+
+# %% [markdown]
+# ## The page
+
+# %%
+from IPython.display import Markdown
+
+parts = {"trained": trained, "relations": found, **tables, "prices": priced, "cost": cost, "disk": files}
+for stem, part in {**parts, "curves": curves}.items():
+    reproduction.save(part, folder / name / f"{stem}.csv")
+made_by = made_by.read_text() if config else ""
+page = reproduction.page({**parts, "others": others}, folder, datasets, made_by, name)
+Markdown(page)

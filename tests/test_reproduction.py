@@ -1,0 +1,152 @@
+"""The report: what counts as outside the spread, what holds, and that the page says what the tables say."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from kmex_utils import reproduction, tables
+
+
+def rows(values, metric="accuracy", split="test"):
+    """Records of {model: one value per seed}."""
+    return [
+        {"dataset": "stl10", "model": model, "metric": metric, "split": split, "seed": seed, "value": value}
+        for model, of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]
+
+
+@pytest.fixture
+def table2():
+    return tables.tidy(rows({"CNN": [86.0, 86.4, 85.9], "B4": [70.0, 70.2, 70.1], "B34": [60.0] * 3}), tables.TABLE2)
+
+
+def test_margin_is_a_two_sample_interval(table2):
+    found = reproduction.compare(table2).set_index("model")
+    assert list(found.index) == ["CNN", "B4"], "the paper prints no B34"
+    values = np.array([86.0, 86.4, 85.9])
+    expected = stats.t.ppf(0.975, 2) * values.std(ddof=1) * math.sqrt(1 / 3 + 1 / 5)
+    assert found.margin["CNN"] == pytest.approx(expected)
+    assert found.outside.to_dict() == {"CNN": "no", "B4": "yes"}
+    assert found.difference["B4"] == pytest.approx(70.1 - 85.5)
+
+
+def test_margin_covers_as_often_as_it_says(generator):
+    """Draws from one distribution for both sides lie outside in one of twenty cases."""
+    draws = np.random.default_rng(0).normal(50, 3, (2000, 8))
+    outside = 0
+    for draw in draws:
+        ours = pd.DataFrame([{"n_seeds": 3, "mean": draw[:3].mean(), "std": draw[:3].std(ddof=1)}])
+        (answer,) = reproduction.compare(ours.assign(paper=draw[3:].mean())).outside
+        outside += answer == "yes"
+    assert 0.03 < outside / len(draws) < 0.07
+
+
+def test_one_seed_has_no_spread():
+    found = reproduction.compare(tables.tidy(rows({"CNN": [60.0]}), tables.TABLE2))
+    assert found.outside.tolist() == [""] and found.margin.isna().all()
+
+
+def all_records():
+    accuracy = {"CNN": [80.0, 81.0], "KMEx (K/C=5)": [79.5, 79.0], "B4": [78.0, 75.0], "B234": [70.0, 71.0]}
+    records = rows({**accuracy, "ProtoPNet": [81.0, 80.0]})
+    records += rows({"CNN": [0.5, 0.4], "KMEx (K/C=1)": [0.9, 0.3], "ProtoPNet": [0.9, 0.9]}, "cos_class", "train")
+    records += rows({"CNN": [-0.05, -0.2], "ProtoPNet": [0.85, 0.5]}, "cos_out", "train")
+    return records + rows({"CNN": [-0.1, 0.2]}, "cos_columns", "train")
+
+
+def test_relations_by_hand():
+    found = reproduction.check_relations(pd.DataFrame(all_records()), "stl10", 5).set_index("claim")
+    assert found.holds_in.to_dict() == {
+        "KMEx keeps the CNN's accuracy": 1,
+        "B4 stays close to it": 1,
+        "B234 gives up more": 2,
+        "ProtoPNet is not better than the CNN": 1,
+        "centroids point into their class, columns less": 1,
+        "columns are orthogonal to other classes": 1,
+        "columns are nearly orthogonal to each other": 1,
+        "ProtoPNet's cosines do not tell classes apart": 1,
+    }
+    assert (found.seeds == 2).all()
+    assert found["mean"]["KMEx keeps the CNN's accuracy"] == pytest.approx(-1.25)
+    assert found.paper["KMEx keeps the CNN's accuracy"] == pytest.approx(85.6 - 86.1)
+    assert math.isnan(found.paper["columns are nearly orthogonal to each other"])
+
+
+@pytest.mark.parametrize(("dataset", "own"), [("mnist", 5), ("stl10", 5), ("cub200", 10)])
+def test_the_paper_meets_its_own_criteria(dataset, own):
+    """Each criterion admits the paper's printed numbers, so that it can tell agreement from disagreement."""
+    published = {**tables.TABLE1, **tables.TABLE2}
+    seen = 0
+    for relation in reproduction.relations(own):
+        try:
+            value = relation.of(lambda *key: published[(dataset, *key)])
+        except KeyError:
+            continue
+        seen += 1
+        assert relation.holds(value), (relation.claim, value)
+    assert seen == 7
+
+
+def test_prices_are_what_the_cnn_keeps():
+    ledger = [
+        ("default", "", "B4", "accuracy", 0, 78.0),
+        ("default", "", "B234", "accuracy", 0, 70.0),
+        ("default", "", "B234", "accuracy_most_frequent", 0, 65.0),
+        ("scale", "1", "B234", "accuracy", 0, 77.0),
+        ("scale", "1", "B234", "accuracy", 1, 75.0),
+        ("scale", "1", "B34", "accuracy", 1, 10.0),
+        ("attribution start", "raw", "B234", "map_correlation", 0, 0.9),
+    ]
+    ledger = pd.DataFrame(ledger, columns=["question", "option", "model", "metric", "seed", "value"])
+    found = reproduction.prices(ledger.assign(split="test"), pd.DataFrame(all_records()), "stl10")
+    found = found.set_index(["question", "option", "model"])
+    assert found["mean"].to_dict() == {
+        ("default", "", "B4"): 2.0,
+        ("default", "", "B234"): 10.0,
+        ("scale", "1", "B234"): 4.5,
+        ("prediction", "most frequent", "B234"): 15.0,
+    }
+    assert found.paper["scale", "1", "B234"] == pytest.approx(86.1 - 77.9)
+
+
+def test_costs_read_what_the_batch_noted(tmp_path):
+    for seed, seconds in ((0, 60), (1, 180)):
+        path = tmp_path / "stl10" / f"seed-{seed}" / "cost" / "01_train.tsv"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"s\th:m:s\tmax_rss\n{seconds}\t0:01:00\t2048\n")
+    (one,) = reproduction.costs(tmp_path, ["stl10", "mnist"]).to_dict("records")
+    assert one == dict(dataset="stl10", notebook="01_train", runs=2, minutes=2.0, minutes_max=3.0, peak_gib=2.0)
+    assert reproduction.costs(tmp_path, ["mnist"]).empty
+    (size,) = reproduction.disk(tmp_path, ["stl10"]).mib
+    assert size == pytest.approx(sum(p.stat().st_size for p in tmp_path.glob("**/*.tsv")) / 2**20)
+
+
+def test_the_page_says_what_the_tables_say(tmp_path):
+    records = pd.DataFrame(all_records())
+    trained = {"dataset": "stl10", "seed": 0, "classes": 10, "train": 5000, "test": 8000, "px": 96, "epochs": "16"}
+    trained |= {"network": "resnet34", "start": "scratch", "batch": 64, "learning_rate": 0.01, "momentum": 0.9}
+    trained = pd.DataFrame([trained | {"flip": 0.5, "padding": 12, "seconds": 600.0, "machine": "a machine"}])
+    table = reproduction.compare(tables.tidy(all_records(), {**tables.TABLE1, **tables.TABLE2}))
+    (tmp_path / "stl10").mkdir()
+    (tmp_path / "stl10" / "figure1.png").write_bytes(b"")
+    parts = {
+        "trained": trained,
+        "relations": reproduction.check_relations(records, "stl10", 5),
+        "table1": table[table.metric != "accuracy"],
+        "table2": table[table.metric == "accuracy"],
+        "prices": pd.DataFrame(),
+        "cost": reproduction.costs(tmp_path, ["stl10"]),
+        "disk": reproduction.disk(tmp_path, ["stl10"]),
+        "others": reproduction.beside_others({"stl10": records}, trained),
+    }
+    text = reproduction.page(parts, tmp_path, ["stl10"], "datasets: {}")
+    assert text == (tmp_path / "report" / "report.md").read_text()
+    assert "were not" in text and "datasets: {}" in text
+    line = next(line for line in text.splitlines() if "| CNN" in line and "accuracy" in line)
+    assert [cell.strip() for cell in line.split("|")[5:8]] == ["86.1", "80.5 ± 0.7", "-5.6"]
+    assert "(../stl10/figure1.png)" in text and "figure2.png" not in text
+    assert "| 1 of 2" in text and parts["others"]["test accuracy (%)"].tolist() == [80.5, 80.5]
