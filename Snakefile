@@ -4,7 +4,8 @@ import json
 import shlex
 from pathlib import Path
 
-configfile: Path(workflow.basedir) / "config" / "quick.yaml"
+if not config:
+    raise WorkflowError("name a configuration: --configfile config/quick.yaml, or python -m kmex_utils.batch CONFIG")
 
 BASE = Path(workflow.basedir)
 RUNS = config.get("runs", "runs")
