@@ -49,7 +49,7 @@ wildcard_constraints:
 
 
 for name, chosen in DATASETS.items():
-    unknown = set(chosen or {}) - set(sum(TAKES.values(), []))
+    unknown = set(chosen or {}) - set(sum(TAKES.values(), [])) - {"seeds"}
     if unknown:
         raise WorkflowError(f"no notebook takes {', '.join(sorted(unknown))} (given for {name} in the configuration)")
 
@@ -76,6 +76,33 @@ def seed(wildcards):
     return int(wildcards.seed)
 
 
+def seeds_of(dataset):
+    """A data set's own seeds, or the configuration's."""
+    return (DATASETS[dataset] or {}).get("seeds", SEEDS)
+
+
+def seeds(wildcards):
+    return seeds_of(wildcards.dataset)
+
+
+def first_seed(wildcards):
+    return seeds(wildcards)[0]
+
+
+def of_seeds(pattern, **more):
+    """The pattern for every seed of the data set at hand."""
+    return lambda wildcards: expand(pattern, dataset=wildcards.dataset, seed=seeds(wildcards), **more)
+
+
+def of_first_seed(pattern):
+    return lambda wildcards: pattern.format(dataset=wildcards.dataset, seed=first_seed(wildcards))
+
+
+def pages(runs, notebooks):
+    """The HTML of executed notebooks in a folder."""
+    return [f"{runs}/notebooks/{notebook}.html" for notebook in notebooks]
+
+
 def papermill(notebook):
     """The command of a rule; what the notebook prints is shown as it comes."""
     command = "papermill --no-progress-bar --log-level WARNING --stdout-file >(cat)"
@@ -84,7 +111,8 @@ def papermill(notebook):
 
 rule all:
     input:
-        expand(f"{DATA}/notebooks/{{notebook}}.html", dataset=DATASETS, notebook=PER_DATASET),
+        expand(pages(DATA, PER_DATASET), dataset=DATASETS),
+        [expand(pages(RUN, PER_SEED), dataset=d, seed=seeds_of(d)) for d in DATASETS],
 
 
 rule train:
@@ -194,13 +222,13 @@ rule protopnet:
 rule alignment:
     """06: Table 1."""
     input:
-        expand(f"{RUN}/results-{{stage}}.json", seed=SEEDS, stage=["kmex", "protopnet"], allow_missing=True),
+        of_seeds(f"{RUN}/results-{{stage}}.json", stage=["kmex", "protopnet"]),
         code=code("06_alignment", "measures", "tables"),
     output:
         f"{TABLES}/table1.csv",
         f"{TABLES}/table1.md",
     params:
-        given=given("06_alignment", seeds=SEEDS, figures_folder=FIGURES),
+        given=given("06_alignment", seeds=seeds, figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/06_alignment.ipynb",
     benchmark:
@@ -215,13 +243,13 @@ rule alignment:
 rule accuracy:
     """07: Table 2."""
     input:
-        expand(f"{RUN}/results-{{stage}}.json", seed=SEEDS, stage=STAGES, allow_missing=True),
+        of_seeds(f"{RUN}/results-{{stage}}.json", stage=STAGES),
         code=code("07_accuracy", "tables"),
     output:
         f"{TABLES}/table2.csv",
         f"{TABLES}/table2.md",
     params:
-        given=given("07_accuracy", seeds=SEEDS, figures_folder=FIGURES),
+        given=given("07_accuracy", seeds=seeds, figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/07_accuracy.ipynb",
     benchmark:
@@ -236,14 +264,14 @@ rule accuracy:
 rule umap:
     """08: Figure 2, of the first seed."""
     input:
-        expand(f"{RUN}/results-kmex.json", seed=SEEDS[0], allow_missing=True),
+        of_first_seed(f"{RUN}/results-kmex.json"),
         code=code("08_umap", "figures"),
     output:
         f"{TABLES}/figure2.png",
         f"{TABLES}/figure2.pdf",
         f"{TABLES}/figure2.csv",
     params:
-        given=given("08_umap", seed=SEEDS[0], figures_folder=FIGURES),
+        given=given("08_umap", seed=first_seed, figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/08_umap.ipynb",
     benchmark:
@@ -258,13 +286,13 @@ rule umap:
 rule interpretation:
     """09: Figure 1, of the first seed."""
     input:
-        expand(f"{RUN}/results-encoder.json", seed=SEEDS[0], allow_missing=True),
+        of_first_seed(f"{RUN}/results-encoder.json"),
         code=code("09_interpretation", "interpretation", "attribution", "figures"),
     output:
         f"{TABLES}/figure1.png",
         f"{TABLES}/figure1.pdf",
     params:
-        given=given("09_interpretation", seed=SEEDS[0], figures_folder=FIGURES),
+        given=given("09_interpretation", seed=first_seed, figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/09_interpretation.ipynb",
     benchmark:
@@ -279,14 +307,14 @@ rule interpretation:
 rule subset:
     """10: how many images the prototypes need; asked for by `extras`."""
     input:
-        expand(f"{RUN}/backbone.safetensors", seed=SEEDS, allow_missing=True),
+        of_seeds(f"{RUN}/backbone.safetensors"),
         code=code("10_subset", "subsets", "kmeans", "composite", "explainers"),
     output:
         f"{TABLES}/subset.csv",
         f"{TABLES}/subset.png",
         f"{TABLES}/subset.pdf",
     params:
-        given=given("10_subset", seeds=SEEDS, threads=config["threads"], figures_folder=FIGURES),
+        given=given("10_subset", seeds=seeds, threads=config["threads"], figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/10_subset.ipynb",
     benchmark:
@@ -301,14 +329,14 @@ rule subset:
 rule open_choices:
     """13: each reading the paper leaves open, alone; asked for by `extras`."""
     input:
-        expand(f"{RUN}/results-kmex.json", seed=SEEDS, allow_missing=True),
+        of_seeds(f"{RUN}/results-kmex.json"),
         code=code("13_open_choices", "studies", "kmeans", "composite", "explainers", "attribution"),
     output:
         f"{TABLES}/ledger.csv",
         f"{TABLES}/ledger.png",
         f"{TABLES}/ledger.pdf",
     params:
-        given=given("13_open_choices", seeds=SEEDS, threads=config["threads"], figures_folder=FIGURES),
+        given=given("13_open_choices", seeds=seeds, threads=config["threads"], figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/13_open_choices.ipynb",
     benchmark:
@@ -323,14 +351,14 @@ rule open_choices:
 rule depth:
     """14: accuracy against start block and K/C; asked for by `extras`."""
     input:
-        expand(f"{RUN}/backbone.safetensors", seed=SEEDS, allow_missing=True),
+        of_seeds(f"{RUN}/backbone.safetensors"),
         code=code("14_depth", "studies", "kmeans", "composite", "explainers"),
     output:
         f"{TABLES}/depth.csv",
         f"{TABLES}/depth.png",
         f"{TABLES}/depth.pdf",
     params:
-        given=given("14_depth", seeds=SEEDS, threads=config["threads"], figures_folder=FIGURES),
+        given=given("14_depth", seeds=seeds, threads=config["threads"], figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/14_depth.ipynb",
     benchmark:
@@ -386,13 +414,26 @@ rule extras:
         f"{FIGURES}/scaling/fit.csv",
 
 
-rule html:
-    """Every executed notebook of a data set as a page."""
+rule html_of_run:
+    """Every executed notebook of a training as a page."""
+    input:
+        expand(f"{RUN}/results-{{stage}}.json", stage=STAGES, allow_missing=True),
+    output:
+        pages(RUN, PER_SEED),
+    params:
+        executed=lambda wildcards, output: [str(Path(page).with_suffix(".ipynb")) for page in output],
+    message:
+        "pages: {wildcards.dataset}, seed {wildcards.seed}"
+    shell:
+        "jupyter nbconvert --to html --log-level ERROR {params.executed}"
+
+
+rule html_of_data:
+    """Every executed notebook over a data set's trainings as a page."""
     input:
         expand(f"{TABLES}/{{product}}", product=["table1.csv", "table2.csv", "figure1.png", "figure2.png"], allow_missing=True),
     output:
-        expand(f"{RUN}/notebooks/{{notebook}}.html", seed=SEEDS, notebook=PER_SEED, allow_missing=True),
-        expand(f"{DATA}/notebooks/{{notebook}}.html", notebook=PER_DATASET, allow_missing=True),
+        pages(DATA, PER_DATASET),
     params:
         executed=lambda wildcards, output: [str(Path(page).with_suffix(".ipynb")) for page in output],
     message:
