@@ -301,7 +301,8 @@ def page(
     same = [column for column in trained if column not in ("seed", "minutes")]
     grouped = trained.groupby(same, sort=False)
     runs = grouped.agg(seeds=("seed", "size"), minutes=("minutes", "mean")).reset_index()
-    lines += ["## What was run", "", _markdown(runs.drop(columns="machine"), 1), ""]
+    runs["minutes"] = runs.minutes.round(1)
+    lines += ["## What was run", "", _markdown(runs.drop(columns="machine")), ""]
     lines += ["Minutes are those of training one seed, on " + "; ".join(sorted(set(trained.machine))) + ".", ""]
     lines += ["![Training curves](curves.png)", ""]
 
@@ -364,7 +365,7 @@ def page(
     total = disk.groupby("dataset")["mib"].sum()
     lines += ["Disk of the runs: " + ", ".join(f"{d} {total[d]:.0f} MiB" for d in datasets if d in total) + ".", ""]
     if len(parts["others"]):
-        lines += ["## Beside others' networks from scratch", "", _markdown(parts["others"], 1), ""]
+        lines += ["## Beside others' networks from scratch", "", _markdown(parts["others"].round(1)), ""]
     if config:
         lines += ["## How it was made", "", "```yaml", config.strip(), "```", ""]
     text = "\n".join(lines)
@@ -381,9 +382,7 @@ def _with_spread(table: pd.DataFrame, digits: int = 2) -> list[str]:
     return [mean + more for mean, more in zip(_numbers(table["mean"], digits), spread, strict=True)]
 
 
-def _markdown(table: pd.DataFrame, digits: int | None = None) -> str:
-    if digits is not None:
-        table = table.round(digits)
+def _markdown(table: pd.DataFrame) -> str:
     return table.astype(str).to_markdown(index=False, disable_numparse=True)
 
 

@@ -40,7 +40,7 @@ fit_on: int = 500  # prototypes come from the first so many training images of e
 prototypes_per_class: int = 0  # K/C; 0: the data set's own
 restarts: int = 10  # of k-means; the best is kept
 attribution_images: int = 1000  # test images on which both starts of the attribution are compared
-others: list[str] = []  # name=folder of runs trained with one thing switched, e.g. bias=runs-bias
+others: list[str] = []  # runs trained with one thing switched, each as its name, a colon and the folder
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
 threads: int = 0  # CPU threads; 0: as the environment says
 runs: str = "runs"  # where the earlier notebooks left their results
@@ -56,7 +56,7 @@ seeds = seeds or trained_seeds(runs, dataset)
 all_runs = [Run.of(runs, dataset, seed) for seed in seeds]
 for run in all_runs:
     run.results("kmex", "03_kmex")  # there, or refused before any clustering
-switched = dict(other.split("=", 1) for other in others)
+switched = dict(other.split(":", 1) for other in others)
 for folder in switched.values():
     for seed in seeds:
         Run.of(folder, dataset, seed).settings()

@@ -27,8 +27,8 @@
 dataset: str = "mnist-mini"  # as in 01_train
 seeds: list[int] = []  # trainings to study; empty: all there are
 start_blocks: list[int] = [4, 3, 2, 1]  # 4: B4, 3: B34, 2: B234, 1: B1234
-prototypes_per_class: list[int] = [1, 2, 5, 10, 20]  # K/C
-scales: list[str] = ["1/D", "1"]  # factors of eq. 8
+prototypes_per_class: list[int] = [1, 2, 5, 10, 20]  # K/C, each
+scales: list[str] = ["1/D", "1"]  # factors of eq. 8: 1/D, 1/sqrt(D) or 1
 fit_on: int = 100  # prototypes come from the first so many training images of each class; 0: from all
 restarts: int = 3  # of k-means; the best is kept
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is

@@ -39,10 +39,9 @@ import pandas as pd
 from kmex_utils import paths, reproduction
 from kmex_utils.datasets import RECIPES
 
-if config and not paths.resolve(config).is_file():
-    raise FileNotFoundError(
-        f"{paths.resolve(config)} does not exist: give the configuration that made the runs, or none"
-    )
+made_by = paths.resolve(config)
+if config and not made_by.is_file():
+    raise FileNotFoundError(f"{made_by} does not exist: give the configuration that made the runs, or none")
 folder = paths.resolve(figures_folder)
 read = {}
 for dataset in datasets:
