@@ -203,8 +203,8 @@ def warnings(needs: list[tuple[Path, float]], memory: float) -> Iterator[str]:
 
 def plan(config: dict, runs: Path) -> tuple[pd.DataFrame, list[str]]:
     """The rows of every data set, and warnings; ``config`` as Snakemake reads it."""
-    if not config.get("datasets") or not config.get("seeds"):
-        raise ValueError("the configuration must name `datasets` and `seeds`")
+    if not isinstance(config.get("datasets"), dict) or not isinstance(config.get("seeds"), list):
+        raise ValueError("the configuration needs `datasets`, each a name with its parameters, and a list of `seeds`")
     hardware.set_threads(min(config.get("threads", 0), os.cpu_count()))
     rows, needs = [], {}
     for name, chosen in config["datasets"].items():
@@ -232,14 +232,17 @@ def _time(seconds: float) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Print what a batch would take on this machine, from where its results stand. Returns the exit status."""
     from snakemake.common.configfile import load_configfile
+    from snakemake.exceptions import WorkflowError
 
     parser = argparse.ArgumentParser(prog="python -m kmex_utils.estimate", description=main.__doc__)
     parser.add_argument("config", type=Path, help="config/quick.yaml, config/paper.yaml or your own")
     parser.add_argument("--runs", type=Path, default=paths.RUNS, help="folder of results (default: runs)")
     options = parser.parse_args(arguments)
+    if not options.config.is_file():
+        parser.error(f"{options.config} does not exist")
     try:
         table, lines = plan(load_configfile(options.config), options.runs.resolve())
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, WorkflowError, torch.OutOfMemoryError) as error:
         print(str(error).splitlines()[0], file=sys.stderr)
         return 2
     shown = table[["data", "step", "work", "seeds"]].copy()
