@@ -208,8 +208,9 @@ def plan(config: dict, runs: Path) -> tuple[pd.DataFrame, list[str]]:
     hardware.set_threads(min(config.get("threads", 0), os.cpu_count()))
     rows, needs = [], {}
     for name, chosen in config["datasets"].items():
-        steps = list(stages(name, chosen or {}, config["seeds"], runs))
-        for file, what, size in to_fetch(name, chosen or {}) if any(step["seconds"] for step in steps) else ():
+        chosen = chosen or {}
+        steps = list(stages(name, chosen, chosen.get("seeds", config["seeds"]), runs))
+        for file, what, size in to_fetch(name, chosen) if any(step["seconds"] for step in steps) else ():
             if file not in needs and not any(file.parent.glob(file.name)):
                 needs[file] = size
                 rows.append({"data": name, "step": what, "bytes": size})

@@ -86,12 +86,13 @@ def test_room_for_activations_is_what_they_take(where, folder, tmp_path):
 
 def test_decoded_images_are_counted_until_they_are_there(folder, tmp_path):
     chosen = {"folder": str(folder), **TINY, "data": str(tmp_path)}
-    config = {"datasets": {"birds": chosen}, "seeds": [0]}
+    config = {"datasets": {"birds": {**chosen, "seeds": [3, 4]}}, "seeds": [0]}
     before, _ = estimate.plan(config, tmp_path / "runs")
     images = datasets.load("birds", folder, image_size=32, data=tmp_path)
     after, _ = estimate.plan(config, tmp_path / "runs")
     assert before["bytes"].sum() - after["bytes"].sum() == images.train.pixels.nbytes + images.test.pixels.nbytes
     assert len(before) == len(after) + 2
+    assert set(after["seeds"]) == {"2 of 2"}  # the data set's own
 
 
 def test_finished_stages_cost_nothing(folder, tmp_path, capsys):
