@@ -9,7 +9,8 @@ BIN := .venv/bin
 reproduce: .venv/.complete ## every notebook on the embedded digits: tables, figures, executed notebooks, HTML
 	$(BIN)/python -m kmex_utils.batch config/quick.yaml --cores $(CORES)
 
-paper: .venv/.complete ## the paper's three data sets, five seeds
+paper: .venv/.complete ## the paper's three data sets, five seeds; prints what they will take and starts (Ctrl-C stops)
+	$(BIN)/python -m kmex_utils.estimate config/paper.yaml
 	$(BIN)/python -m kmex_utils.batch config/paper.yaml --cores $(CORES)
 
 test: .venv/.complete ## style and tests
