@@ -35,9 +35,7 @@ prototypes_per_class: int = 0  # K/C; 0: the data set's own
 norm: str = "position"  # what ||u|| of eq. 8 runs over: position, channel or image
 scale: str = "1/D"  # the factor beside it: 1/D, 1/sqrt(D) or 1
 align_corners: bool = False  # of the bilinear interpolation of eq. 7
-grid: str = (
-    "shallowest"  # the shared resolution R' of eq. 7: the shallowest block's, the deepest's, or double the first
-)
+grid: str = "shallowest"  # R' of eq. 7: that of the shallowest or deepest block, or double the shallowest's
 restarts: int = 10  # of k-means; the best is kept
 activations_in: str = "memory"  # memory, disk, disk-half (float16) or nowhere (computed anew at each pass)
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
