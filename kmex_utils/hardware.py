@@ -64,14 +64,14 @@ def training_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def set_threads(count: int) -> int:
-    """Fix PyTorch's CPU threads (0: as the environment says); returns the number in force.
+    """Fix PyTorch's CPU threads (0: as the environment says); returns the number in force, at most one per core.
 
     The order of floating-point sums follows the number of threads, so it is part of a run's settings.
     """
     if count < 0:
         raise ValueError(f"threads must be 0 or more, got {count}")
     if count:
-        torch.set_num_threads(count)
+        torch.set_num_threads(min(count, os.cpu_count() or count))
     return torch.get_num_threads()
 
 

@@ -45,15 +45,24 @@ def configuration(folder, parameters=TINY, name="mnist-mini", seeds=(0,)):
 
 
 @pytest.mark.batch
-@pytest.mark.parametrize("name", ["quick", "paper"])
+@pytest.mark.parametrize("name", ["quick", "paper", "scratch"])
 def test_the_workflow_gives_only_parameters_the_notebooks_take(name, tmp_path):
-    text = batch(tmp_path, paths.ROOT / "config" / f"{name}.yaml", "--dry-run", "--printshellcmds").stdout
+    config = paths.ROOT / "config" / f"{name}.yaml"
+    text = batch(tmp_path, config, "all", "extras", "--dry-run", "--printshellcmds").stdout
     commands = re.findall(r"papermill .*/notebooks/(\S+)\.ipynb \S+ -y (.+)", text)
-    assert len({notebook for notebook, _ in commands}) == 9
+    assert len({notebook for notebook, _ in commands}) == 14, "all but the one for your own model"
+    trained, averaged = {}, {}
     for notebook, given in commands:
         takes = papermill.inspect_notebook(str(paths.NOTEBOOKS / f"{notebook}.ipynb"))
         (parameters,) = [json.loads(part) for part in shlex.split(given)]
         assert set(parameters) <= set(takes), notebook
+        if notebook == "01_train":
+            trained.setdefault(parameters["dataset"], set()).add(parameters["seed"])
+        if notebook == "07_accuracy":
+            averaged[parameters["dataset"]] = set(parameters["seeds"])
+    content = yaml.safe_load(config.read_text())
+    seeds = {name: set((own or {}).get("seeds", content["seeds"])) for name, own in content["datasets"].items()}
+    assert trained == averaged == seeds, "the data sets of the configuration, no other, each with its seeds"
 
 
 @pytest.mark.batch
