@@ -93,9 +93,13 @@ def keep(
     if where == "nowhere":
         return Activations(_recompute(backbone, dataset, split, first, device), n, first)
     if where == "memory":
-        batches = activations(backbone, dataset, split, blocks, device=device, batch_size=batch_size)
-        parts = [[x.cpu() for x in batch] for batch in batches]
-        kept = [torch.cat(x).contiguous(memory_format=torch.channels_last) for x in zip(*parts, strict=True)]
+        kept, start = [], 0
+        for batch in activations(backbone, dataset, split, blocks, device=device, batch_size=batch_size):
+            if not kept:
+                kept = [torch.empty((n, *x.shape[1:]), memory_format=torch.channels_last) for x in batch]
+            for whole, x in zip(kept, batch, strict=True):
+                whole[start : start + len(x)] = x
+            start += len(batch[0])
         return Activations(lambda index, skip: [x[index] for x in kept[skip:]], n, first)
     if folder is None:
         raise ValueError(f"where={where!r} needs a folder")

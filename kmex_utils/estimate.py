@@ -116,8 +116,7 @@ def count(name: str, chosen: dict) -> tuple[int, int, int]:
 def stages(name: str, chosen: dict, seeds: list[int], runs: Path) -> Iterator[dict]:
     """Rows for notebooks 1, 3, 4 and 5: what the results under ``runs`` leave to do, in seconds and bytes.
 
-    ``memory``, in bytes, is what notebook 4 holds of activations at its peak: while a split's batches are joined, its
-    own count twice.
+    ``memory``, in bytes, is what notebook 4 holds of activations.
     """
     recipe = datasets.RECIPES.get(name, datasets.RECIPES["folder"])
     train, test, classes = count(name, chosen)
@@ -153,7 +152,7 @@ def stages(name: str, chosen: dict, seeds: list[int], runs: Path) -> Iterator[di
     seconds = passes * both + sum(clustering(n, per_class) for n in entries)
     values = classes * per_class * sum(d for b in starts for d, _ in pace.blocks[b - 1 :])
     disk = {"disk": 4, "disk-half": 2}.get(where, 0) * max(entries) * (train + test)
-    memory = 4 * max(entries) * max(2 * train, train + 2 * test) * (where == "memory")
+    memory = 4 * max(entries) * (train + test) * (where == "memory")
     work = f"start blocks {starts}, K/C = {per_class}"
     yield row("4 encoder", "encoder", work, seconds, values, disk, memory)
 

@@ -81,7 +81,7 @@ def test_room_for_activations_is_what_they_take(where, folder, tmp_path):
     chosen = {"folder": str(folder), **TINY}
     row, nowhere = (steps(tmp_path, {**chosen, "activations_in": w})["4"] for w in (where, "nowhere"))
     assert row["bytes"] - nowhere["bytes"] == on_disk
-    assert row["memory"] == (held * 24 / 18 if where == "memory" else 0)  # 12 images twice, while they are joined
+    assert row["memory"] == (held if where == "memory" else 0)
 
 
 def test_decoded_images_are_counted_until_they_are_there(folder, tmp_path):
