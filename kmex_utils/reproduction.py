@@ -297,6 +297,7 @@ def page(
             "between models. ± is the standard deviation over seeds.",
             "",
         ]
+    lines += ["## In short", "", *summary(parts["relations"], parts["prices"]), "", _MODELS, ""]
     trained = parts["trained"].assign(minutes=parts["trained"].seconds / 60).drop(columns="seconds")
     same = [column for column in trained if column not in ("seed", "minutes")]
     grouped = trained.groupby(same, sort=False)
@@ -371,6 +372,33 @@ def page(
     text = "\n".join(lines)
     save_text(figures / name / "report.md", text)
     return text
+
+
+_MODELS = """\
+*CNN*: the network itself, its classifier's columns c_j as prototypes. *KMEx*: nearest k-means centroid of the pooled
+embedding z, K/C per class. *B4*, *B34*, *B234*: every position of the last one, two, three blocks goes to its nearest
+centroid; the class with most positions wins (eq. 7 to 10). *ProtoPNet*: prototypes learned with the network; *ProtoPNet
++ KMEx*: KMEx on its embedding. *cos_class*, *cos_out*: mean cosine of a class's prototypes with the training embeddings
+of that class, and of all others."""
+
+
+def summary(relations: pd.DataFrame, prices: pd.DataFrame) -> list[str]:
+    """Lines that say which findings hold in which data set, and what the factor of eq. 8 is worth."""
+    lines = []
+    for claim, some in relations.groupby("claim", sort=False):
+        whole = some.holds_in == some.seeds
+        where = [f"{r.dataset} ({r.holds_in} of {r.seeds} seeds)" for r in some[~whole].itertuples()]
+        verdict = "holds everywhere" if whole.all() else "does not hold in every seed of " + ", ".join(where)
+        lines.append(f"- {claim}: {verdict}.")
+    if len(prices):
+        mine = prices[prices.model == "B234"].set_index(["dataset", "question", "option"])["mean"]
+        for dataset in dict.fromkeys(prices.dataset):
+            printed, equal = mine[dataset, "default", ""], mine[dataset, "scale", "1"]
+            lines.append(
+                f"- What B234 loses to the CNN in {dataset}: {printed:.1f} points with the printed factor 1/D_b, "
+                f"{equal:.1f} with equal weights."
+            )
+    return lines
 
 
 def _numbers(values: Iterable[float], digits: int = 2) -> list[str]:
