@@ -185,6 +185,29 @@ def test_images_per_class(folder, tmp_path):
     assert found.train.labels.tolist() == [0, 0, 1, 1] and found.test.labels.tolist() == [0, 0, 1, 1]
 
 
+def test_validation_comes_from_the_training_images_alone(folder, tmp_path):
+    """The last third of each class stands in for the test images, of which a broken one goes unnoticed."""
+    whole = load("birds", folder, image_size=16, data=tmp_path).train
+    (folder / "test" / "red" / "0.png").write_bytes(b"broken")
+    found = load("birds", folder, image_size=16, validation=1 / 3, data=tmp_path)
+    kept = [f"train/{name}/{i}.png" for name in ("blue bird", "red") for i in range(4)]
+    held = [f"train/{name}/{i}.png" for name in ("blue bird", "red") for i in (4, 5)]
+    assert found.train.names == tuple(kept) and found.test.names == tuple(held)
+    for split in (found.train, found.test):
+        index = [whole.names.index(name) for name in split.names]
+        np.testing.assert_array_equal(split.pixels, whole.pixels[index])
+        assert torch.equal(split.labels, whole.labels[index])
+    with pytest.raises(ValueError, match="leaves a class without"):
+        load("birds", folder, image_size=16, validation=0.01, data=tmp_path)
+
+
+def test_augmentation_can_be_chosen(folder, tmp_path):
+    own = load("birds", folder, data=tmp_path).recipe
+    chosen = load("birds", folder, flip=0.0, padding=3, data=tmp_path).recipe
+    assert (own.flip, own.padding) == (RECIPES["folder"].flip, RECIPES["folder"].padding)
+    assert (chosen.flip, chosen.padding) == (0.0, 3)
+
+
 def test_unreadable_images_are_named(folder, tmp_path):
     (folder / "train" / "red" / "0.png").write_bytes(b"")
     (folder / "train" / "red" / "1.png").write_bytes((folder / "train" / "red" / "2.png").read_bytes()[:200])
@@ -201,6 +224,9 @@ def test_unreadable_images_are_named(folder, tmp_path):
         (dict(name="birds", folder="nowhere"), "nowhere/train does not exist"),
         (dict(name="mnist-mini", crop=True), "`crop` cuts to CUB-200's"),
         (dict(name="mnist-mini", image_size=-1), "must be 0"),
+        (dict(name="mnist-mini", validation=1.0), "validation must be a share"),
+        (dict(name="mnist-mini", flip=2.0), "flip must be a probability"),
+        (dict(name="mnist-mini", padding=-2), "padding pixels"),
         (dict(name="mnist-mini", classes="eleven"), "no class matches 'eleven'"),
         (dict(name="mnist-mini", classes="3"), "keep at least two classes"),
     ],

@@ -76,6 +76,15 @@ def test_a_seed_counted_twice_is_refused():
         tables.tidy(records() + records()[:1], tables.TABLE2)
 
 
+def test_the_note_tells_how_a_training_began():
+    first = {"arch": "resnet34", "dataset": "cub200", "weights": "scratch", "schedule": {"epochs": 14}}
+    first["data"] = {"image_size": 112}
+    then = {**first, "weights": "a.safetensors", "before": first, "schedule": {"epochs": 2}, "data": {"image_size": 0}}
+    assert tables.note(then).startswith("Ours: resnet34, weights scratch, 14 epochs at 112 px, then 2 epochs.")
+    assert "trained from scratch" in tables.note(then)
+    assert "scratch" not in tables.note({**first, "weights": "imagenet"})
+
+
 def test_published_numbers_are_the_papers():
     """Spot checks of each row's first and last number against the printed tables."""
     printed = {

@@ -39,6 +39,13 @@ def test_a_run_comes_back(run):
     assert trained_seeds(run.runs, "mnist-mini") == [0]
 
 
+def test_a_bias_comes_back(run):
+    settings = {k: v for k, v in run.settings().items() if k != "backbone"}
+    saved = resnet("resnet18", 10, bias=True)
+    run.save_backbone(saved, {**settings, "bias": True})
+    assert torch.equal(run.backbone().b, saved.b)
+
+
 def test_parts_of_another_training_are_refused(run):
     run.save_prototypes("B4", prototypes(), {"per_class": 1})
     run.save_results("kmex", [("KMEx (K/C=1)", "accuracy", "test", 90.0)])
