@@ -129,6 +129,8 @@ rule train:
         f"{RUN}/notebooks/01_train.ipynb",
     benchmark:
         f"{RUN}/cost/01_train.tsv"
+    resources:
+        gpu=1,
     threads: config["threads"]
     message:
         "training: {wildcards.dataset}, seed {wildcards.seed}"
@@ -149,6 +151,8 @@ rule cnn_as_sem:
         f"{RUN}/notebooks/02_cnn_as_sem.ipynb",
     benchmark:
         f"{RUN}/cost/02_cnn_as_sem.tsv"
+    resources:
+        gpu=1,
     threads: config["threads"]
     message:
         "CNN as a SEM: {wildcards.dataset}, seed {wildcards.seed}"
@@ -191,6 +195,8 @@ rule encoder:
         f"{RUN}/notebooks/04_encoder.ipynb",
     benchmark:
         f"{RUN}/cost/04_encoder.tsv"
+    resources:
+        gpu=1,
     threads: config["threads"]
     message:
         "encoder prototypes: {wildcards.dataset}, seed {wildcards.seed}"
@@ -212,6 +218,8 @@ rule protopnet:
         f"{RUN}/notebooks/05_protopnet.ipynb",
     benchmark:
         f"{RUN}/cost/05_protopnet.tsv"
+    resources:
+        gpu=1,
     threads: config["threads"]
     message:
         "ProtoPNet: {wildcards.dataset}, seed {wildcards.seed}"
@@ -319,6 +327,8 @@ rule subset:
         f"{DATA}/notebooks/10_subset.ipynb",
     benchmark:
         f"{DATA}/cost/10_subset.tsv"
+    resources:
+        gpu=1,
     threads: config["threads"]
     message:
         "subsets: {wildcards.dataset}"
@@ -341,6 +351,8 @@ rule open_choices:
         f"{DATA}/notebooks/13_open_choices.ipynb",
     benchmark:
         f"{DATA}/cost/13_open_choices.tsv"
+    resources:
+        gpu=1,
     threads: config["threads"]
     message:
         "open choices: {wildcards.dataset}"
@@ -363,6 +375,8 @@ rule depth:
         f"{DATA}/notebooks/14_depth.ipynb",
     benchmark:
         f"{DATA}/cost/14_depth.tsv"
+    resources:
+        gpu=1,
     threads: config["threads"]
     message:
         "depth and K/C: {wildcards.dataset}"
@@ -399,6 +413,8 @@ rule scaling:
         given=shlex.quote(json.dumps({"figures_folder": FIGURES})),
     log:
         f"{RUNS}/scaling/notebooks/11_scaling.ipynb",
+    resources:
+        gpu=1,
     threads: workflow.cores
     message:
         "scaling"

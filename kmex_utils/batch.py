@@ -8,6 +8,7 @@ the notebook and the cell that failed.
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{options.config} does not exist")
     if not any(option.startswith(("--cores", "-c", "-j", "--jobs")) for option in more):
         more += ["--cores", "all"]
+    if shutil.which("nvidia-smi") and not any(option.startswith(("--resources", "--res")) for option in more):
+        more += ["--resources", "gpu=1"]  # notebooks share one GPU in turn, not its memory
     return run(options.config.resolve(), options.runs.resolve(), options.figures.resolve(), more)
 
 

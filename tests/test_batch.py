@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,21 @@ def test_what_the_configuration_may_set_exists(tmp_path):
     wrong = configuration(tmp_path, {"epoch": 3})
     done = batch(tmp_path, wrong, "--dry-run")
     assert done.returncode != 0 and "no notebook takes epoch" in done.stdout
+
+
+@pytest.mark.batch
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_gpu_is_used_by_one_notebook_at_a_time(gpu, tmp_path, monkeypatch):
+    """Where the driver's tool is found; the run itself ends at its first cell, for want of a folder."""
+    if not gpu and shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a GPU: what happens without one cannot be seen here")
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.touch(mode=0o755 if gpu else 0o644)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    done = batch(tmp_path, configuration(tmp_path, {"folder": str(tmp_path / "nowhere")}, "birds"))
+    assert bool(re.search(r"Provided resources: gpu=.*1", done.stdout)) == gpu
+    assert "nowhere/train does not exist" in done.stdout.splitlines()[-1]
 
 
 def tables(folder):
