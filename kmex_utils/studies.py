@@ -95,9 +95,12 @@ class Kept:
         rows = x.rows(torch.arange(len(x)), explainer.start_block, explainer.normalisation, **options)
         return explainer.sim(rows).cpu()
 
-    def accuracies(self, explainer: EncoderKMeans) -> Iterator[tuple[str, str, float]]:
+    def accuracies(
+        self, explainer: EncoderKMeans, splits: Sequence[str] = ("train", "test")
+    ) -> Iterator[tuple[str, str, float]]:
         """(metric, split, %): both readings of the prediction of eq. 10."""
-        for split, truth in self.labels.items():
+        for split in splits:
+            truth = self.labels[split]
             q_s = self.map(explainer, split)
             yield "accuracy", split, accuracy(explainer.proj(q_s).argmax(1), truth)
             yield "accuracy_most_frequent", split, accuracy(explainer.most_frequent(q_s), truth)
@@ -161,29 +164,26 @@ def depths(
     seed: int,
     restarts: int = 3,
 ) -> list[dict[str, Any]]:
-    """Accuracy from prototype counts for each start block, number of prototypes and scale of eq. 8; KMEx beside them.
+    """Test accuracy from prototype counts for each start block, K/C and scale of eq. 8; KMEx beside them.
 
     One record for each number: model, scale, per_class, seed, metric, split, value, seconds of the fit.
     """
     members = [(kept.labels["train"][kept.some] == c).nonzero().flatten() for c in range(len(kept.classes))]
     check_enough(members, kept.classes, max(per_class), lambda index: index)
     records = []
-    z = {split: kept.z(split) for split in kept.labels}
+    z, truth = kept.z("test"), kept.labels["test"]
     for k in per_class:
         start = time.perf_counter()
         kmex = kept.fit_kmex(k, seed=seed, restarts=restarts)
         shared = {"per_class": k, "seed": seed, "seconds": time.perf_counter() - start}
-        for split, truth in kept.labels.items():
-            value = accuracy(kmex.predict(z[split]), truth)
-            records.append(
-                {"model": "KMEx", "scale": "", "metric": "accuracy", "split": split, "value": value, **shared}
-            )
+        values = {"metric": "accuracy", "split": "test", "value": accuracy(kmex.predict(z), truth)}
+        records.append({"model": "KMEx", "scale": "", **values, **shared})
         for b in start_blocks:
             for scale in scales if b < max(start_blocks) else scales[:1]:  # one block alone has one scale
                 start = time.perf_counter()
                 explainer = kept.fit(b, Normalisation(scale=scale), k, seed=seed, restarts=restarts)
                 shared["seconds"] = time.perf_counter() - start
-                for metric, split, value in kept.accuracies(explainer):
+                for metric, split, value in kept.accuracies(explainer, ["test"]):
                     values = {"metric": metric, "split": split, "value": value}
                     records.append({"model": block_name(b), "scale": scale, **values, **shared})
     return records

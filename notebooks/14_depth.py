@@ -61,13 +61,13 @@ for seed in seeds:
     run = Run.of(runs, dataset, seed)
     kept = Kept.of(run.backbone(), run.load_dataset(), min(start_blocks), fit_on, device=device)
     found += depths(kept, prototypes_per_class, start_blocks, scales, seed=seed, restarts=restarts)
-    for r in run.results("train", "01_train"):
+    for r in [r for r in run.results("train", "01_train") if r["split"] == "test"]:
         cnn = {key: r[key] for key in ("model", "metric", "split", "seed", "value")}
         found.append({**cnn, "scale": "", "per_class": 0, "seconds": 0.0})
 records = pd.DataFrame(found)
 
 # %%
-shown = records.query("metric == 'accuracy' and split == 'test'")
+shown = records.query("metric == 'accuracy'")
 shown.pivot_table(index=["scale", "model"], columns="per_class", values="value", sort=False).round(1)
 
 # %% [markdown]

@@ -88,7 +88,7 @@ def test_depths(kept):
     assert found.between(0, 100).all() and not found.index.duplicated().any()
     assert {(m, s) for m, s, *_ in found.index} == {("KMEx", ""), ("B4", "1/D"), ("B234", "1/D"), ("B234", "1")}
     alone = kept.fit(2, Normalisation(scale="1"), 3, seed=0, restarts=2)
-    for metric, split, value in kept.accuracies(alone):
+    for metric, split, value in kept.accuracies(alone, ["test"]):
         assert found["B234", "1", 3, metric, split] == value
     with pytest.raises(ValueError, match="8 images.*fewer than K/C = 9"):
         studies.depths(kept, [9], [4], ["1/D"], seed=0)
