@@ -109,7 +109,7 @@ def relations(own: int) -> list[Relation]:
 
 
 def check_relations(records: pd.DataFrame, dataset: str, own: int) -> pd.DataFrame:
-    """Each relation in the paper and in every seed of ours.
+    """Each relation in the paper and in every seed of ours; those of a model that was not run are left out.
 
     Parameters
     ----------
@@ -129,7 +129,10 @@ def check_relations(records: pd.DataFrame, dataset: str, own: int) -> pd.DataFra
             paper = relation.of(lambda *key: published[(dataset, *key)])
         except KeyError:
             paper = np.nan
-        values = [relation.of(lambda *key, of=of: of.loc[key]) for of in by_seed.values()]
+        try:
+            values = [relation.of(lambda *key, of=of: of.loc[key]) for of in by_seed.values()]
+        except KeyError:  # a model that was not run here
+            continue
         rows.append(
             {
                 "dataset": dataset,

@@ -23,6 +23,7 @@
 # %% tags=["parameters"]
 dataset: str = "mnist-mini"  # as in 01_train
 seeds: list[int] = []  # trainings to average over; empty: all there are
+baseline: bool = True  # with ProtoPNet; False where 05_protopnet has not run
 runs: str = "runs"  # where the earlier notebooks left their results
 figures_folder: str = "figures"  # tables go to <figures_folder>/<dataset>/
 
@@ -37,6 +38,8 @@ from kmex_utils.runs import Run, trained_seeds
 seeds = seeds or trained_seeds(runs, dataset)
 all_runs = [Run.of(runs, dataset, seed) for seed in seeds]
 stages = {"train": "01_train", "kmex": "03_kmex", "protopnet": "05_protopnet", "encoder": "04_encoder"}
+if not baseline:
+    del stages["protopnet"]
 records = []
 for run in all_runs:
     for stage, notebook in stages.items():
