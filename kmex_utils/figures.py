@@ -60,7 +60,8 @@ def _interpretation_panel(side, image: np.ndarray, found: Interpretation, limit:
     grid = side.add_gridspec(3, 15, height_ratios=[3, 1.35, 1.35])
     top = [side.add_subplot(grid[0, 5 * i : 5 * i + 5]) for i in range(3)]
     top[0].imshow(image)
-    top[0].set_title(f"{found.name}: predicts {_short(found.predicted)}")
+    predicted = _short(found.predicted)
+    top[0].set_title(f"{found.name}: predicts{' ' if len(predicted) < 10 else chr(10)}{predicted}")
     top[1].imshow(_coloured(found), extent=extent)
     top[1].set_title("explanation map")
     if found.attribution is None:
@@ -81,7 +82,11 @@ def _interpretation_panel(side, image: np.ndarray, found: Interpretation, limit:
             continue
         patch = found.patches[i]
         axes.imshow(patch.pixels)
-        axes.set_title(f"{_short(patch.class_name)} · {100 * patch.share:.0f} %", fontsize=8, pad=3)
+        name, share = _short(patch.class_name), f"{100 * patch.share:.0f} %"
+        if len(name) < 10:
+            axes.set_title(f"{name} · {share}", fontsize=8, pad=3)
+        else:
+            axes.set_title(f"{name}\n{share}", fontsize=7, pad=3)
         for spine in axes.spines.values():
             spine.set(visible=True, color=colours[i], linewidth=3)
 
