@@ -374,15 +374,16 @@ def training_curves(curves: pd.DataFrame) -> Figure:
     names = list(dict.fromkeys(curves.dataset))
     figure, axes = plt.subplots(2, len(names), figsize=(3.0 * len(names) + 0.6, 3.6), squeeze=False, sharex="col")
     for (above, below), dataset in zip(axes.T, names, strict=True):
-        for (seed, mine), colour in zip(curves[curves.dataset == dataset].groupby("seed"), palette(10), strict=False):
-            above.plot(mine.epoch, mine.loss, marker=".", color=colour, label=f"seed {seed}")
-            below.plot(mine.epoch, mine.accuracy, marker=".", color=colour)
+        for seed, mine in curves[curves.dataset == dataset].groupby("seed"):
+            above.plot(mine.epoch, mine.loss, marker=".", color=palette(10)[seed % 10], label=f"seed {seed}")
+            below.plot(mine.epoch, mine.accuracy, marker=".", color=palette(10)[seed % 10])
         above.set_title(dataset)
         above.set_yscale("log")
         below.set_xlabel("epoch")
         below.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("loss")
     axes[1, 0].set_ylabel("running accuracy (%)")
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    lines = {line.get_label(): line for side in axes[0] for line in side.lines}
+    figure.legend([lines[name] for name in sorted(lines)], sorted(lines), loc="outside right center")
     plt.close(figure)  # shown once, by the caller
     return figure
