@@ -7,7 +7,6 @@ result counts as finished; Snakemake also makes anew what other parameters or ch
 """
 
 import argparse
-import os
 import shutil
 import statistics
 import sys
@@ -204,7 +203,7 @@ def plan(config: dict, runs: Path) -> tuple[pd.DataFrame, list[str]]:
     """The rows of every data set, and warnings; ``config`` as Snakemake reads it."""
     if not isinstance(config.get("datasets"), dict) or not isinstance(config.get("seeds"), list):
         raise ValueError("the configuration needs `datasets`, each a name with its parameters, and a list of `seeds`")
-    hardware.set_threads(min(config.get("threads", 0), os.cpu_count()))
+    hardware.set_threads(config.get("threads", 0))
     rows, needs = [], {}
     for name, chosen in config["datasets"].items():
         chosen = chosen or {}

@@ -318,7 +318,7 @@ def _of_depth(model: str) -> dict:
     return dict(zip(("color", "marker"), (palette(10)[DEPTHS.index(model)], "osD^"[DEPTHS.index(model)]), strict=True))
 
 
-def ledger(changes: pd.DataFrame, title: str = "") -> Figure:
+def ledger(changes: pd.DataFrame) -> Figure:
     """Change of test accuracy under each option, a mark per seed; ``changes`` of :func:`kmex_utils.studies.changes`."""
     some = changes.query("metric == 'accuracy' and split == 'test'")
     some = some[some.model.isin(DEPTHS)]
@@ -332,14 +332,14 @@ def ledger(changes: pd.DataFrame, title: str = "") -> Figure:
         side.plot(mine.change, place, linestyle="", markersize=5, alpha=0.85, label=model, **_of_depth(model))
     side.axvline(0, color="0.6", linewidth=0.8, zorder=0)
     side.set_yticks([-i for i in range(len(options))], [f"{question}: {option}" for question, option in options])
-    side.set(xlabel="change of test accuracy (points), one mark per seed", title=title)
+    side.set(xlabel="change of test accuracy (points), one mark per seed")
     side.grid(axis="y", alpha=0.3)
     side.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     plt.close(figure)  # shown once, by the caller
     return figure
 
 
-def depth_study(records: pd.DataFrame, title: str = "") -> Figure:
+def depth_study(records: pd.DataFrame) -> Figure:
     """Test accuracy against K/C for each start block, a panel per scale; ``records`` of notebook 14."""
     some = records.query("metric == 'accuracy' and split == 'test'")
     scales = [scale for scale in dict.fromkeys(some.scale) if scale]
@@ -363,8 +363,6 @@ def depth_study(records: pd.DataFrame, title: str = "") -> Figure:
         side.set(xlabel="prototypes per class, K/C", title=names.get(scale, scale))
     axes[0, 0].set_ylabel("test accuracy (%)")
     axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    if title:
-        figure.suptitle(title)
     plt.close(figure)  # shown once, by the caller
     return figure
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from . import paths
 from .runs import Run, trained_seeds
-from .store import replacing, save_text
+from .store import save_text
 from .tables import TABLE1, TABLE2
 
 PAPER_SEEDS = 5
@@ -272,12 +272,6 @@ def beside_others(records: Mapping[str, pd.DataFrame], trained: pd.DataFrame) ->
     return pd.DataFrame(rows, columns=columns)
 
 
-def save(table: pd.DataFrame, path: Path) -> None:
-    """As CSV, six digits."""
-    with replacing(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
-
-
 def page(
     parts: Mapping[str, pd.DataFrame], figures: Path, datasets: Iterable[str], config: str = "", name: str = "report"
 ) -> str:
@@ -391,7 +385,8 @@ def summary(relations: pd.DataFrame, prices: pd.DataFrame) -> list[str]:
     for claim, some in relations.groupby("claim", sort=False):
         whole = some.holds_in == some.seeds
         where = [f"{r.dataset} ({r.holds_in} of {r.seeds} seeds)" for r in some[~whole].itertuples()]
-        verdict = "holds everywhere" if whole.all() else "does not hold in every seed of " + ", ".join(where)
+        everywhere = "holds in every seed of " + ", ".join(some.dataset)
+        verdict = everywhere if whole.all() else "does not hold in every seed of " + ", ".join(where)
         lines.append(f"- {claim}: {verdict}.")
     if len(prices):
         mine = prices[prices.model == "B234"].set_index(["dataset", "question", "option"])["mean"]

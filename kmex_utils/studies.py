@@ -76,7 +76,7 @@ class Kept:
 
     def fit_kmex(self, per_class: int, *, seed: int, restarts: int) -> KMEx:
         """KMEx of ``some``."""
-        z = self.z("train")[self.some]
+        z = self.z("train", self.some)
         prototypes = self._classwise(lambda index: DenseRows(z[index]), per_class, seed, restarts, "KMEx")
         return KMEx(prototypes, len(self.classes))
 
@@ -84,10 +84,11 @@ class Kept:
         labels = self.labels["train"][self.some]
         return classwise(rows_of, labels, self.classes, per_class, seed=seed, restarts=restarts, progress=progress)
 
-    def z(self, split: str) -> torch.Tensor:
-        """Embeddings, [N, D]."""
+    def z(self, split: str, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeddings of a split, or of some of its images, [N, D]."""
         x = self.x[split]
-        return torch.cat([avg_pool(x.read(index, self.blocks)[-1]) for index in torch.arange(len(x)).split(512)])
+        index = torch.arange(len(x)) if index is None else index
+        return torch.cat([avg_pool(x.read(some, self.blocks)[-1]) for some in index.split(512)])
 
     def map(self, explainer: EncoderKMeans, split: str) -> torch.Tensor:
         """q_s(b:) of a split, [N, H', W']."""

@@ -128,9 +128,11 @@ others
 # %%
 from IPython.display import Markdown
 
+from kmex_utils.store import save_text
+
 parts = {"trained": trained, "relations": found, **tables, "prices": priced, "cost": cost, "disk": files}
 for stem, part in {**parts, "curves": curves}.items():
-    reproduction.save(part, folder / name / f"{stem}.csv")
+    save_text(folder / name / f"{stem}.csv", part.to_csv(index=False, float_format="%.6g"))
 made_by = made_by.read_text() if config else ""
 page = reproduction.page({**parts, "others": others}, folder, datasets, made_by, name)
 Markdown(page)

@@ -8,6 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from kmex_utils.backbones import resnet
+from kmex_utils.datasets import load
+
 torch.set_num_threads(1)
 
 
@@ -19,6 +22,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """36 training digits of three classes, 32 px."""
+    return load("mnist-mini", image_size=32, images_per_class=12, classes="0,1,2")
+
+
+@pytest.fixture(scope="session")
+def backbone(digits):
+    """A frozen network for them, of random weights."""
+    return resnet("resnet18", len(digits.classes), "scratch", seed=0).eval().requires_grad_(False)
 
 
 def blocks_of(n=3, sizes=((6, 5), (3, 3), (2, 1)), channels=(4, 6, 8), seed=0):

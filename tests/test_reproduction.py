@@ -119,7 +119,7 @@ def test_prices_are_what_the_cnn_keeps():
     assert found.paper["scale", "1", "B234"] == pytest.approx(86.1 - 77.9)
     relations = reproduction.check_relations(pd.DataFrame(all_records()), "stl10", 5)
     lines = reproduction.summary(relations, found.reset_index())
-    assert "- B234 gives up more: holds everywhere." in lines
+    assert "- B234 gives up more: holds in every seed of stl10." in lines
     assert "- B4 stays close to it: does not hold in every seed of stl10 (1 of 2 seeds)." in lines
     assert lines[-1].endswith("stl10: 10.0 points with the printed factor 1/D_b, 4.5 with equal weights.")
 

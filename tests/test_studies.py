@@ -6,19 +6,7 @@ import torch
 
 from kmex_utils import figures, studies
 from kmex_utils.attribution import attributions
-from kmex_utils.backbones import resnet
 from kmex_utils.composite import Normalisation, composite
-from kmex_utils.datasets import load
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("mnist-mini", image_size=32, images_per_class=12, classes="0,1,2")
-
-
-@pytest.fixture(scope="module")
-def backbone(digits):
-    return resnet("resnet18", len(digits.classes), "scratch", seed=0).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

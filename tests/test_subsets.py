@@ -7,19 +7,8 @@ from sklearn.metrics import adjusted_rand_score
 
 from kmex_utils import subsets
 from kmex_utils.activations import keep
-from kmex_utils.backbones import avg_pool, resnet
-from kmex_utils.datasets import load
+from kmex_utils.backbones import avg_pool
 from kmex_utils.kmeans import DenseRows, classwise, inertia
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("mnist-mini", image_size=32, images_per_class=12, classes="0,1,2")
-
-
-@pytest.fixture(scope="module")
-def backbone(digits):
-    return resnet("resnet18", len(digits.classes), "scratch", seed=0).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.1, 2), (0.5, 6), (1.0, 12)])
