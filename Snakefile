@@ -118,7 +118,7 @@ rule all:
 rule train:
     """01: the backbone, its embeddings and accuracy."""
     input:
-        code=code("01_train", "datasets", "backbones", "training", "hardware", "activations"),
+        code=code("01_train", "datasets", "backbones", "architectures", "training", "hardware", "activations"),
     output:
         f"{RUN}/backbone.safetensors",
         f"{RUN}/embeddings.safetensors",

@@ -9,6 +9,7 @@ A module, a notebook and a section of the paper share a word:
 ``hardware``       device, precision, seeds
 ``datasets``       MNIST, STL-10, CUB-200, the embedded digits, your folder
 ``backbones``      blocks, average pool, linear classifier (eq. 1, 2, 6)
+``architectures``  the network to train, by name
 ``training``       the KMEx recipe, resumable
 ``activations``    block outputs x(b) and embeddings z of a data set
 ``networks``       any network by name or module, as blocks; Theorem 1 for each

@@ -1,13 +1,11 @@
 """The network of eq. 1, 2 and 6: blocks f_1 … f_B, average pool, linear classifier."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
-
-from . import paths
-from .store import load_tensors
 
 
 class Backbone(nn.Module):
@@ -67,6 +65,14 @@ def avg_pool(h: torch.Tensor) -> torch.Tensor:
     return h.mean((2, 3))
 
 
+@cache
+def resnet_names() -> tuple[str, ...]:
+    """Torchvision's ResNets, wide ResNets and ResNeXts."""
+    from torchvision import models
+
+    return tuple(name for name in models.list_models(module=models) if "resne" in name)
+
+
 def resnet(
     arch: str = "resnet34", classes: int = 10, weights: str = "scratch", seed: int = 0, bias: bool = False
 ) -> Backbone:
@@ -77,8 +83,7 @@ def resnet(
     arch
         ``resnet18``, ``resnet34``, ``resnet50``, ``wide_resnet50_2``, ``resnext50_32x4d`` …
     weights
-        ``imagenet`` (torchvision's IMAGENET1K_V1, downloaded on first use), ``scratch``, or the
-        ``backbone.safetensors`` of another training: its blocks, and its classifier where the shapes agree.
+        ``imagenet`` (torchvision's IMAGENET1K_V1, downloaded on first use) or ``scratch``.
     seed
         Of the random initialisation; the caller's random state is left as it was.
     bias
@@ -89,20 +94,12 @@ def resnet(
     ValueError, ConnectionError
         Unknown name; or the weights cannot be had, with the file to put in place.
     """
-    from torchvision.models import get_model, list_models
+    from torchvision.models import get_model
 
-    known = [name for name in list_models() if "resne" in name and "quantized" not in name and "3d" not in name]
-    known = [
-        name
-        for name in known
-        if not name.startswith(("fasterrcnn", "maskrcnn", "keypoint", "retinanet", "fcn", "deeplab"))
-    ]
-    if arch not in known:
-        raise ValueError(f"unknown arch {arch!r}: use one of {', '.join(known)}")
-    if weights not in ("imagenet", "scratch") and not weights.endswith(".safetensors"):
-        raise ValueError(
-            f"weights must be 'imagenet', 'scratch' or a backbone.safetensors of notebook 01_train, got {weights!r}"
-        )
+    if arch not in resnet_names():
+        raise ValueError(f"unknown arch {arch!r}: use one of {', '.join(resnet_names())}")
+    if weights not in ("imagenet", "scratch"):
+        raise ValueError(f"weights must be 'imagenet' or 'scratch', got {weights!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = get_model(arch, weights=None)
@@ -111,20 +108,7 @@ def resnet(
         network.load_state_dict(imagenet_weights(arch))
     stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
     blocks = [nn.Sequential(*stem, network.layer1), network.layer2, network.layer3, network.layer4]
-    backbone = Backbone(blocks, classifier).to(memory_format=torch.channels_last)
-    if weights.endswith(".safetensors"):
-        _start_from(backbone, paths.resolve(weights), arch)
-    return backbone
-
-
-def _start_from(backbone: Backbone, path: Path, arch: str) -> None:
-    state, _ = load_tensors(path)
-    own = backbone.state_dict()
-    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    lacking = [name for name in own if name not in fitting and not name.startswith("classifier")]
-    if lacking:
-        raise ValueError(f"{path} does not fit {arch}: it lacks {lacking[0]} or has it in another shape; check arch")
-    backbone.load_state_dict(fitting, strict=False)
+    return Backbone(blocks, classifier).to(memory_format=torch.channels_last)
 
 
 def weights_entry(arch: str):

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from . import datasets, hardware, paths
-from .backbones import resnet, weights_entry
+from .architectures import build, weights_file
 from .protopnet import OPTIONS, Options
 
 IMAGES = {"mnist-mini": (2_500, 1_500), "mnist": (60_000, 10_000), "stl10": (5_000, 8_000), "cub200": (5_994, 5_794)}
@@ -52,7 +52,7 @@ def measure(arch: str, image_size: int, batch_size: int, precision: str, device:
 
     if device.type == "cpu":
         batch_size = min(batch_size, max(4, min(64, 16 * 96**2 // image_size**2)))
-    network = resnet(arch).to(device)
+    network = build(arch).to(device)
     x = torch.randn(batch_size, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
     label = torch.zeros(batch_size, dtype=torch.int64, device=device)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.5)
@@ -178,8 +178,8 @@ def to_fetch(name: str, chosen: dict) -> Iterator[tuple[Path, str, float]]:
     for split, images in (("train", train), (held_out, test)) if folder or name == "cub200" else ():
         yield data / "cache" / f"{name}-{split}-{size}-*.npy", f"decode {split}", images * 3 * size**2
     if "imagenet" in (chosen.get("weights") or recipe.weights, chosen.get("features_from")):
-        weights, cached = weights_entry(chosen.get("arch") or "resnet34"), Path(torch.hub.get_dir()) / "checkpoints"
-        yield cached / weights.url.rsplit("/", 1)[1], "ImageNet weights", weights.meta["_file_size"] * 2**20
+        file, size = weights_file(chosen.get("arch") or "resnet34")
+        yield file, "ImageNet weights", size
 
 
 def warnings(needs: list[tuple[Path, float]], memory: float) -> Iterator[str]:

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .backbones import Backbone, resnet
+from .architectures import build
+from .backbones import Backbone
 from .datasets import Dataset, epoch_generator, shuffled
 from .explainers import ProtoPNet
 from .hardware import training_dtype
@@ -538,7 +539,7 @@ def start(run: Run, features_from: str, per_class: int, options: Options, seed: 
     if features_from not in ("imagenet", "backbone"):
         raise ValueError(f"features_from must be 'imagenet' or 'backbone', got {features_from!r}")
     if features_from == "imagenet":
-        backbone = resnet(settings["arch"], len(settings["classes"]), "imagenet")
+        backbone = build(settings["arch"], len(settings["classes"]), "imagenet")
     else:
         backbone = run.backbone()
     return Network(backbone, len(settings["classes"]), per_class, options, seed)
@@ -554,7 +555,7 @@ def load(run: Run) -> Network:
     tensors, settings = run.part("ProtoPNet", "05_protopnet")
     trained = run.settings()
     options = replace(Options(), **settings["options"])
-    backbone = resnet(trained["arch"], len(trained["classes"]))
+    backbone = build(trained["arch"], len(trained["classes"]))
     network = Network(backbone, len(trained["classes"]), settings["per_class"], options)
     network.load_state_dict(tensors)
     return network.eval().requires_grad_(False)

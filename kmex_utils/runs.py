@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from . import datasets, paths
-from .backbones import Backbone, resnet
+from .architectures import unloaded
+from .backbones import Backbone
 from .kmeans import Prototypes
 from .store import load_json, load_settings, load_tensors, save_json, save_tensors
 
@@ -87,8 +88,7 @@ class Run:
                 f"{path} holds NaN or infinite weights ({broken[0]} …): train again with a lower learning_rate"
             )
         arch, classes = settings["arch"], len(settings["classes"])
-        with torch.device("meta"):  # no weights are drawn only to be replaced
-            backbone = resnet(arch, classes, bias=settings.get("bias", False))
+        backbone = unloaded(arch, classes, settings.get("bias", False))
         try:
             backbone.load_state_dict(state, assign=True)
         except RuntimeError as error:

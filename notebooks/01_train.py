@@ -36,8 +36,10 @@ validation: float = 0.0  # to choose settings: this share of the training images
 image_size: int = 0  # pixels; 0: the data set's own
 flip: float = -1.0  # probability of a horizontal flip; -1: the data set's own
 padding: int = -1  # pixels around the random crop; -1: the data set's own
-arch: str = "resnet34"  # any torchvision ResNet
-weights: str = ""  # imagenet, scratch or the backbone.safetensors of another training; empty: the data set's own
+arch: str = "resnet34"  # a ResNet, or any chain of modules, of torchvision; timm/<name> for timm's
+weights: str = (
+    ""  # imagenet, scratch, a file (state dict, or another training's backbone); empty: the data set's own
+)
 bias: bool = False  # of the classifier; eq. 2 has none
 epochs: int = 0  # 0: the data set's own
 batch_size: int = 0  # 0: the data set's own
@@ -81,16 +83,17 @@ figures.image_grid([images.train.rgb(i) for i in first], [images.classes[images.
 # %% [markdown]
 # ## Network
 #
-# A ResNet seen as four blocks $x \to x^{(1)} \to \dots \to x^{(4)} = h$ (eq. 6). Their resolutions fix how fine the
-# explanation maps of B4, B34, B234 and B1234 can be.
+# Seen as four blocks $x \to x^{(1)} \to \dots \to x^{(4)} = h$ (eq. 6): a ResNet's layers 1 to 4, in another network
+# what ends at each of the deepest four resolutions. These fix how fine the explanation maps of B4, B34, B234 and B1234
+# can be.
 
 # %%
 from kmex_utils import hardware
-from kmex_utils.backbones import resnet
+from kmex_utils.architectures import build
 
 device = hardware.pick_device(device)
 threads = hardware.set_threads(threads)
-backbone = resnet(arch, len(images.classes), weights or recipe.weights, seed, bias)
+backbone = build(arch, len(images.classes), weights or recipe.weights, seed, bias)
 blocks = backbone.eval().activations(images.normalise(images.train.pixels[:2]))
 {f"B{b}": f"{x.shape[2]} x {x.shape[3]} positions, {x.shape[1]} channels" for b, x in enumerate(blocks, 1)}
 

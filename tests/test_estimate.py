@@ -126,7 +126,7 @@ def test_what_cannot_run_is_one_line(folder, tmp_path, capsys):
     wrong = [
         ({"minst": {}}, "unknown dataset 'minst'"),
         ({"birds": {"folder": str(tmp_path / "none")}}, "does not exist"),
-        ({"birds": {"folder": str(folder), "arch": "resnet43"}}, "unknown arch 'resnet43'"),
+        ({"birds": {"folder": str(folder), "arch": "resnet43"}}, "torchvision has no model 'resnet43'"),
         (["mnist"], "needs `datasets`"),
     ]
     for entries, said in wrong:
