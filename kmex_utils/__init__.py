@@ -23,6 +23,7 @@ A module, a notebook and a section of the paper share a word:
 ``runs``           what one training run leaves behind
 ``figures``        Figures 1 and 2
 ``images``         your own folder: reading, labels, split
+``explained``      what explaining a folder gives: prototypes, maps, panels
 ``explorer``       Figure 1 to play with in JupyterLab
 ``report``         one HTML file to send
 ``export``         maps and tables of a whole folder

@@ -27,7 +27,7 @@ class Explorer:
     Parameters
     ----------
     explained
-        A :class:`~kmex_utils.posthoc.Explained`.
+        A :class:`~kmex_utils.explained.Explained`.
     image, start_block
         Shown first: an index or name, and a start block (0: the shallowest).
 

@@ -59,7 +59,7 @@ def export(
     Parameters
     ----------
     explained
-        A :class:`~kmex_utils.posthoc.Explained`.
+        A :class:`~kmex_utils.explained.Explained`.
     images
         Any folder with images; class folders or not.
     maps

@@ -30,7 +30,7 @@ def write(
     max_bytes: int = 5_000_000,
     overwrite: bool = False,
 ) -> Path:
-    """Write the report of a :class:`~kmex_utils.posthoc.Explained`.
+    """Write the report of a :class:`~kmex_utils.explained.Explained`.
 
     Parameters
     ----------

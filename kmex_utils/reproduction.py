@@ -294,6 +294,9 @@ def page(
             "between models. ± is the standard deviation over seeds.",
             "",
         ]
+    others = sorted(set(parts["trained"].network) - {"resnet34"})
+    if others:
+        lines += [f"**The paper's network is a ResNet34; below is {', '.join(others)}.**", ""]
     lines += ["## In short", "", *summary(parts["relations"], parts["prices"]), "", _MODELS, ""]
     trained = parts["trained"].assign(minutes=parts["trained"].seconds / 60).drop(columns="seconds")
     same = [column for column in trained if column not in ("seed", "minutes")]

@@ -53,6 +53,8 @@ def note(training: dict) -> str:
     parts = [f"Ours: {training['arch']}, {_trained(training)}."]
     if "weights imagenet" not in parts[0]:
         parts.append("The paper's backbone was pretrained on ImageNet; ours was trained from scratch.")
+    if training["arch"] != "resnet34":
+        parts.append("The paper's is a ResNet34.")
     if training["dataset"] == "mnist-mini":
         parts.append("`paper` is the paper's value for MNIST in full; ours are 2,500 training and 1,500 test digits.")
     return " ".join(parts)

@@ -37,9 +37,7 @@ image_size: int = 0  # pixels; 0: the data set's own
 flip: float = -1.0  # probability of a horizontal flip; -1: the data set's own
 padding: int = -1  # pixels around the random crop; -1: the data set's own
 arch: str = "resnet34"  # a ResNet, or any chain of modules, of torchvision; timm/<name> for timm's
-weights: str = (
-    ""  # imagenet, scratch, a file (state dict, or another training's backbone); empty: the data set's own
-)
+weights: str = ""  # imagenet, scratch, a file (state dict, or another training's backbone); empty: the data set's own
 bias: bool = False  # of the classifier; eq. 2 has none
 epochs: int = 0  # 0: the data set's own
 batch_size: int = 0  # 0: the data set's own

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kmex_utils import explained as explained_module
 from kmex_utils import images, posthoc
 from kmex_utils.activations import keep
 from kmex_utils.composite import composite
@@ -139,7 +140,7 @@ def test_what_does_not_fit_in_memory(resnet, photos, explained, tmp_path, monkey
 
 
 def test_patches_are_kept_within_a_bound(explained, monkeypatch):
-    monkeypatch.setattr(posthoc, "KEPT_PATCHES", 2)
+    monkeypatch.setattr(explained_module, "KEPT_PATCHES", 2)
     explained._patches.clear()
     drawn = [explained.patch(4, k).pixels for k in range(4)]
     assert len(explained._patches) == 2 and np.array_equal(explained.patch(4, 0).pixels, drawn[0])
