@@ -106,8 +106,8 @@ def pages(runs, notebooks):
 def papermill(notebook):
     """The command of a rule; what the notebook prints is shown as it comes, less what every kernel says of itself."""
     command = "papermill --no-progress-bar --log-level WARNING --stdout-file >(cat)"
-    quiet = "2> >(grep --line-buffered -v 'over TCP without encryption' >&2)"
-    return f"{command} {BASE}/notebooks/{notebook}.ipynb {{log}} -y {{params.given}} {quiet}"
+    command += " 2> >(grep --line-buffered -v 'over TCP without encryption' >&2)"
+    return f"{command} {BASE}/notebooks/{notebook}.ipynb {{log}} -y {{params.given}}"
 
 
 rule all:

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from .activations import Activations, keep
-from .backbones import Backbone, avg_pool
+from .backbones import Backbone
 from .composite import Normalisation
 from .datasets import Dataset
 from .explainers import EncoderKMeans, KMEx, block_name
-from .hardware import float64_device
 from .kmeans import DenseRows, Prototypes, Rows, check_enough, classwise, inertia
 from .measures import accuracy
+from .studies import Kept
 
 
 def check(fractions: Sequence[float], draws: int, start_blocks: Sequence[int]) -> None:
@@ -61,10 +60,8 @@ def study(
         training rows' prototypes), ``seconds`` of clustering.
     """
     per_class = prototypes_per_class or dataset.recipe.prototypes_per_class
-    last, classes = len(backbone.blocks), len(dataset.classes)
-    x = {s: keep(backbone, dataset, s, min([*start_blocks, last]), device=device) for s in ("train", "test")}
-    ways = [_kmex(x, last, classes)]
-    ways += [_encoder(x, b, last, classes, float64_device(torch.device(device))) for b in sorted(start_blocks)[::-1]]
+    kept = Kept.of(backbone, dataset, min([*start_blocks, len(backbone.blocks)]), device=device)
+    ways = [_kmex(kept), *(_encoder(kept, b) for b in sorted(start_blocks, reverse=True))]
     records: list[dict[str, Any]] = []
     for way in ways:
         records += _study(way, dataset, fractions, draws, per_class, seed, restarts)
@@ -80,25 +77,27 @@ class _Way:
     explain: Callable[[Prototypes, str], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _kmex(x: dict[str, Activations], last: int, classes: int) -> _Way:
-    z = {split: avg_pool(part.read(torch.arange(len(part)), last)[-1]) for split, part in x.items()}
+def _kmex(kept: Kept) -> _Way:
+    z = {split: kept.z(split) for split in kept.x}
 
     def explain(prototypes: Prototypes, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        explainer = KMEx(prototypes, classes)
+        explainer = KMEx(prototypes, len(kept.classes))
         similarity = explainer.sim(z[split])
         return similarity.argmax(1), explainer.proj(similarity)
 
     return _Way("KMEx", lambda index: DenseRows(z["train"][index]), explain)
 
 
-def _encoder(x: dict[str, Activations], b: int, last: int, classes: int, device: torch.device) -> _Way:
+def _encoder(kept: Kept, b: int) -> _Way:
     def explain(prototypes: Prototypes, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        explainer = EncoderKMeans(prototypes, classes, b, Normalisation())
-        everything = torch.arange(len(x[split]))
-        maps = explainer.sim(x[split].rows(everything, b, Normalisation(), device=device, keep=False)).cpu()
+        explainer = EncoderKMeans(prototypes, len(kept.classes), b, Normalisation())
+        maps = kept.map(explainer, split)
         return maps.flatten(), explainer.proj(maps)
 
-    return _Way(block_name(b, last), lambda index: x["train"].rows(index, b, Normalisation(), device=device), explain)
+    def rows_of(index: torch.Tensor) -> Rows:
+        return kept.x["train"].rows(index, b, Normalisation(), device=kept.device)
+
+    return _Way(block_name(b, kept.blocks), rows_of, explain)
 
 
 def _study(

@@ -46,7 +46,7 @@ def configuration(folder, parameters=TINY, name="mnist-mini", seeds=(0,)):
 
 
 @pytest.mark.batch
-@pytest.mark.parametrize("name", ["quick", "paper", "scratch"])
+@pytest.mark.parametrize("name", ["quick", "paper", "scratch", "efficientnet"])
 def test_the_workflow_gives_only_parameters_the_notebooks_take(name, tmp_path):
     config = paths.ROOT / "config" / f"{name}.yaml"
     text = batch(tmp_path, config, "all", "extras", "--dry-run", "--printshellcmds").stdout
