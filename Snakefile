@@ -317,7 +317,7 @@ rule subset:
     """10: how many images the prototypes need; asked for by `extras`."""
     input:
         of_seeds(f"{RUN}/backbone.safetensors"),
-        code=code("10_subset", "subsets", "kmeans", "composite", "explainers"),
+        code=code("10_subset", "subsets", "studies", "kmeans", "composite", "explainers"),
     output:
         f"{TABLES}/subset.csv",
         f"{TABLES}/subset.png",

@@ -40,7 +40,7 @@ fit_on: int = 500  # prototypes come from the first so many training images of e
 prototypes_per_class: int = 0  # K/C; 0: the data set's own
 restarts: int = 10  # of k-means; the best is kept
 attribution_images: int = 1000  # test images on which both starts of the attribution are compared
-others: list[str] = []  # runs trained with one thing switched, each as its name, a colon and the folder
+others: list[str] = []  # runs trained with one thing switched, as name:folder; of the same seeds or some of them
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
 threads: int = 0  # CPU threads; 0: as the environment says
 runs: str = "runs"  # where the earlier notebooks left their results
@@ -57,9 +57,12 @@ all_runs = [Run.of(runs, dataset, seed) for seed in seeds]
 for run in all_runs:
     run.results("kmex", "03_kmex")  # there, or refused before any clustering
 switched = dict(other.split(":", 1) for other in others)
-for folder in switched.values():
-    for seed in seeds:
-        Run.of(folder, dataset, seed).settings()
+seeds_of = {name: sorted({*seeds} & {*trained_seeds(folder, dataset)}) for name, folder in switched.items()}
+for name, common in seeds_of.items():
+    if not common:
+        raise ValueError(f"{switched[name]} has no training of {dataset} with a seed of {seeds}: run 01_train there")
+    for seed in common:
+        Run.of(switched[name], dataset, seed).results("encoder", "04_encoder")
 
 # %% [markdown]
 # ## Readings of eq. 7, 8 and 10
@@ -101,8 +104,8 @@ for run in all_runs:
 
 # %%
 stages = {"train": "01_train", "kmex": "03_kmex", "encoder": "04_encoder"}
-for name, folder in {"": runs, **switched}.items():
-    for seed in seeds if switched else []:
+for name, folder in {"": runs, **switched}.items() if switched else ():
+    for seed in seeds_of.get(name, seeds):
         run = Run.of(folder, dataset, seed)
         given = {"question": name or "as trained", "option": "switched" if name else "", "seed": seed}
         for stage, notebook in stages.items():
