@@ -177,10 +177,13 @@ def prices(ledger: pd.DataFrame, records: pd.DataFrame, dataset: str) -> pd.Data
 
 
 def trainings(runs: str | Path, datasets: Iterable[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What each backbone was trained with, a row each, and the curves: a row for each epoch."""
+    """What each backbone was trained with, a row each, and the curves: a row for each epoch.
+
+    A data set without runs has no rows, see :func:`with_earlier`.
+    """
     rows, curves = [], []
     for dataset in datasets:
-        for seed in trained_seeds(runs, dataset):
+        for seed in trained_seeds(runs, dataset) if (paths.resolve(runs) / dataset).is_dir() else ():
             run = Run.of(runs, dataset, seed)
             settings = run.settings()
             stages = [*_before(settings), settings]
@@ -214,6 +217,27 @@ def trainings(runs: str | Path, datasets: Iterable[str]) -> tuple[pd.DataFrame, 
                     values = {name: record[name] for name in ("loss", "accuracy", "learning_rate", "seconds")}
                     curves.append({"dataset": dataset, "seed": seed, "epoch": done, **values})
     return pd.DataFrame(rows), pd.DataFrame(curves)
+
+
+def with_earlier(found: pd.DataFrame, path: Path, datasets: Iterable[str], needs: str = "") -> pd.DataFrame:
+    """``found`` in the order of the data sets; those it lacks from the table an earlier report left at ``path``.
+
+    So a report can be made anew where only some of its runs lie.
+
+    Raises
+    ------
+    FileNotFoundError
+        A data set is in neither, and ``needs`` names the notebook that makes what is missing.
+    """
+    earlier = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["dataset"])
+    parts = []
+    for dataset in datasets:
+        some = found[found.dataset == dataset] if len(found) else found
+        parts.append(some if len(some) else earlier[earlier.dataset == dataset])
+        if needs and not len(parts[-1]):
+            raise FileNotFoundError(f"no runs of {dataset}, and none in {path}: run notebook {needs} for it")
+    parts = [part for part in parts if len(part)]
+    return pd.concat(parts, ignore_index=True) if parts else found
 
 
 def _before(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -255,7 +279,8 @@ def disk(runs: str | Path, datasets: Iterable[str]) -> pd.DataFrame:
         for path in (paths.resolve(runs) / dataset).glob("**/*"):
             if path.is_file():
                 rows.append({"dataset": dataset, "file": path.suffix or path.name, "mib": path.stat().st_size / 2**20})
-    return pd.DataFrame(rows).groupby(["dataset", "file"])["mib"].sum().reset_index()
+    table = pd.DataFrame(rows, columns=["dataset", "file", "mib"])
+    return table.groupby(["dataset", "file"])["mib"].sum().reset_index()
 
 
 def beside_others(records: Mapping[str, pd.DataFrame], trained: pd.DataFrame) -> pd.DataFrame:

@@ -56,9 +56,14 @@ records = {d: pd.concat([read[d, "table1-seeds"], read[d, "table2-seeds"]]) for 
 
 # %% [markdown]
 # ## What was run
+#
+# Of data sets whose runs are no longer here, the report's own tables tell.
 
 # %%
 trained, curves = reproduction.trainings(runs, datasets)
+earlier = {stem: folder / name / f"{stem}.csv" for stem in ("trained", "curves", "cost", "disk")}
+trained = reproduction.with_earlier(trained, earlier["trained"], datasets, "01_train")
+curves = reproduction.with_earlier(curves, earlier["curves"], datasets)
 trained
 
 # %% [markdown]
@@ -110,7 +115,8 @@ priced.round(2)
 # ## Hours and bytes
 
 # %%
-cost, files = reproduction.costs(runs, datasets), reproduction.disk(runs, datasets)
+cost = reproduction.with_earlier(reproduction.costs(runs, datasets), earlier["cost"], datasets)
+files = reproduction.with_earlier(reproduction.disk(runs, datasets), earlier["disk"], datasets)
 cost.pivot_table(index="notebook", columns="dataset", values="minutes").round(1) if len(cost) else cost
 
 # %% [markdown]

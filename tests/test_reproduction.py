@@ -136,6 +136,20 @@ def test_costs_read_what_the_batch_noted(tmp_path):
     assert size == pytest.approx(sum(p.stat().st_size for p in tmp_path.glob("**/*.tsv")) / 2**20)
 
 
+def test_a_report_keeps_what_runs_no_longer_tell(tmp_path):
+    """Rows of its own for the data sets at hand, an earlier report's for the others, in the order asked for."""
+    earlier = pd.DataFrame({"dataset": ["mnist", "stl10", "stl10"], "seed": [1, 0, 1], "minutes": [9.0, 7.0, 8.0]})
+    earlier.to_csv(tmp_path / "trained.csv", index=False)
+    found = pd.DataFrame({"dataset": ["stl10"], "seed": [4], "minutes": [6.0]})
+    kept = reproduction.with_earlier(found, tmp_path / "trained.csv", ["stl10", "mnist"], "01_train")
+    assert kept.to_dict("list") == {"dataset": ["stl10", "mnist"], "seed": [4, 1], "minutes": [6.0, 9.0]}
+    with pytest.raises(FileNotFoundError, match="no runs of cub200, and none in .*: run notebook 01_train for it"):
+        reproduction.with_earlier(found, tmp_path / "trained.csv", ["cub200"], "01_train")
+    assert reproduction.with_earlier(reproduction.costs(tmp_path, ["x"]), tmp_path / "cost.csv", ["x"]).empty
+    trained, curves = reproduction.trainings(tmp_path, ["x"])
+    assert trained.empty and curves.empty and reproduction.disk(tmp_path, ["x"]).empty
+
+
 def test_the_page_says_what_the_tables_say(tmp_path):
     records = pd.DataFrame(all_records())
     trained = {"dataset": "stl10", "seed": 0, "classes": 10, "train": 5000, "test": 8000, "px": 96, "epochs": "16"}
