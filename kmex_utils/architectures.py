@@ -66,6 +66,14 @@ def unloaded(arch: str, classes: int, bias: bool = False) -> Backbone:
         return resnet(arch, classes, bias=bias)
 
 
+@torch.no_grad()
+def channels(arch: str) -> tuple[int, ...]:
+    """D_1 … D_B of a network by name."""
+    backbone = unloaded(arch, 2).eval()
+    x = torch.zeros(1, 3, 64, 64, device=backbone.c.device)
+    return tuple(u.shape[1] for u in backbone.activations(x))
+
+
 def weights_file(arch: str) -> tuple[Path, float]:
     """Where the library keeps a network's ImageNet weights once they are downloaded, and about how many bytes."""
     if not is_timm(arch):

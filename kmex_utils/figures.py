@@ -367,6 +367,34 @@ def depth_study(records: pd.DataFrame) -> Figure:
     return figure
 
 
+def weightings(found: pd.DataFrame, printed: float) -> Figure:
+    """What B234 loses against the share of its deepest block; ``found`` of :func:`kmex_utils.reproduction.weightings`.
+
+    ``printed`` is that share in the paper's network with the factor as printed: where its own numbers stand, hollow.
+    """
+    figure, side = plt.subplots(figsize=(6.4, 3.4))
+    names = list(dict.fromkeys(found.dataset))
+    networks = list(dict.fromkeys(found.network))
+    for (network, dataset), mine in found.groupby(["network", "dataset"], sort=False):
+        mine = mine.sort_values("last_share")
+        look = {"color": palette(max(3, len(names)))[names.index(dataset)], "marker": "osD^"[networks.index(network)]}
+        side.errorbar(
+            mine.last_share, mine["mean"], mine["std"].fillna(0), **look, markersize=5, capsize=2,
+            linestyle=["-", "--", ":", "-."][networks.index(network)], label=f"{dataset}, {network.split('/')[-1]}",
+        )  # fmt: skip
+    for dataset, paper in found.dropna(subset="paper").groupby("dataset", sort=False)["paper"].first().items():
+        colour = palette(max(3, len(names)))[names.index(dataset)]
+        side.plot(
+            printed, paper, "*", markersize=11, markerfacecolor="none", color=colour, label=f"{dataset}, the paper"
+        )
+    side.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    side.set(xscale="log", xlabel="share of B4 in the squared distance", ylabel="points B234 loses to the CNN")
+    side.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    side.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    plt.close(figure)  # shown once, by the caller
+    return figure
+
+
 def training_curves(curves: pd.DataFrame) -> Figure:
     """Loss and running accuracy of every epoch, a panel pair per data set and a line per seed."""
     names = list(dict.fromkeys(curves.dataset))

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 
 from . import paths
+from .architectures import channels
+from .composite import Normalisation
 from .runs import Run, trained_seeds
 from .store import save_text
 from .tables import TABLE1, TABLE2
@@ -174,6 +176,36 @@ def prices(ledger: pd.DataFrame, records: pd.DataFrame, dataset: str) -> pd.Data
     found.insert(0, "dataset", dataset)
     found["paper"] = [in_paper("CNN") - in_paper(model) for model in found.model]
     return found.rename(columns={"count": "seeds"})
+
+
+def last_share(network: str, scale: str) -> float:
+    """Share of the deepest block of B234 in the squared distance of eq. 9, if blocks differ alike before scaling.
+
+    They are unit rows (``norm`` position), so block b weighs factor(D_b)^2: 5 % for a ResNet34 with the printed 1/D_b.
+    """
+    weights = [Normalisation(scale=scale).factor(d) ** 2 for d in channels(network)[-3:]]
+    return weights[-1] / sum(weights)
+
+
+def weightings(prices: pd.DataFrame, networks: Mapping[str, str]) -> pd.DataFrame:
+    """What B234 loses to the CNN with each factor of eq. 8, beside the share of its deepest block.
+
+    Parameters
+    ----------
+    prices
+        Of :func:`prices`.
+    networks
+        Architecture by data set.
+
+    Returns
+    -------
+    DataFrame
+        dataset, network, scale, last_share, mean, std, seeds, paper.
+    """
+    some = prices[(prices.model == "B234") & prices.question.isin(["default", "scale"])]
+    some = some.assign(scale=some.option.replace("", "1/D"), network=some.dataset.map(networks))
+    some["last_share"] = [last_share(row.network, row.scale) for row in some.itertuples()]
+    return some[["dataset", "network", "scale", "last_share", "mean", "std", "seeds", "paper"]]
 
 
 def trainings(runs: str | Path, datasets: Iterable[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -373,6 +405,9 @@ def page(
         lines += ["## What each open choice is worth", ""]
         lines += ["Points of test accuracy that B4 and B234 lose to the CNN.", ""]
         lines += [_markdown(pd.concat([top, wide])[wide.columns].fillna("–")), ""]
+        lines += _picture(
+            figures, name, "weighting", "What B234 loses against the share of B4 in the distance of eq. 9"
+        )
     for dataset in datasets:
         for stem, caption in (("ledger", "Open choices"), ("depth", "Depth and K/C")):
             lines += _picture(figures, dataset, stem, f"{caption}: {dataset}")

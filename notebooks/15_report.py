@@ -24,6 +24,7 @@
 # %% tags=["parameters"]
 datasets: list[str] = ["mnist-mini"]  # data sets whose notebooks have run
 config: str = ""  # the batch configuration that made the runs, e.g. config/scratch.yaml; printed in the report
+beside: str = ""  # another report's folder, e.g. figures/report: its networks stand beside in the picture of weightings
 name: str = "report"  # the report goes to <figures_folder>/<name>/
 runs: str = "runs"  # where the earlier notebooks left their results
 figures_folder: str = "figures"  # where tables and figures of the data sets are
@@ -112,6 +113,19 @@ priced = pd.concat(priced, ignore_index=True) if priced else pd.DataFrame()
 priced.round(2)
 
 # %% [markdown]
+# With $1/D_b$ the shallowest block carries most of the distance, the more so the more channels grow with depth. The
+# loss against the share of $B4$, for the three factors; hollow: the paper's, if its factor is as printed.
+
+# %%
+networks = trained.groupby("dataset")["network"].first()
+weighted = reproduction.weightings(priced, networks) if len(priced) else pd.DataFrame()
+if len(weighted):
+    drawn = pd.concat([weighted, pd.read_csv(paths.resolve(beside) / "weighting.csv")]) if beside else weighted
+    figure = figures.weightings(drawn, reproduction.last_share("resnet34", "1/D"))
+    figures.save(figure, folder / name / "weighting")
+    display(figure)
+
+# %% [markdown]
 # ## Hours and bytes
 
 # %%
@@ -137,7 +151,7 @@ from IPython.display import Markdown
 from kmex_utils.store import save_text
 
 parts = {"trained": trained, "relations": found, **tables, "prices": priced, "cost": cost, "disk": files}
-for stem, part in {**parts, "curves": curves}.items():
+for stem, part in {**parts, "curves": curves, "weighting": weighted}.items():
     save_text(folder / name / f"{stem}.csv", part.to_csv(index=False, float_format="%.6g"))
 made_by = made_by.read_text() if config else ""
 page = reproduction.page({**parts, "others": others}, folder, datasets, made_by, name)

@@ -124,6 +124,33 @@ def test_prices_are_what_the_cnn_keeps():
     assert lines[-1].endswith("stl10: 10.0 points with the printed factor 1/D_b, 4.5 with equal weights.")
 
 
+def test_share_of_the_deepest_block(generator):
+    """As the rows of q(b:) have it: each block's part of a difference, its own length divided out."""
+    from conftest import blocks_of
+
+    from kmex_utils.composite import SCALES, Normalisation, composite
+
+    assert reproduction.last_share("resnet34", "1/D") == pytest.approx(512**-2 / (128**-2 + 256**-2 + 512**-2))
+    x = blocks_of(channels=(128, 256, 512))
+    for scale in SCALES:
+        q = composite(x, Normalisation(scale=scale))
+        squared = [part.square().sum(-1).amax() for part in q.split((128, 256, 512), -1)]
+        assert reproduction.last_share("resnet34", scale) == pytest.approx(float(squared[-1] / sum(squared)), rel=1e-4)
+
+
+def test_weightings_are_the_prices_of_the_factors():
+    prices = [
+        ("stl10", "default", "", "B234", 8.2, 14.0, 1.0, 2),
+        ("stl10", "scale", "1", "B234", 8.2, 1.0, 0.5, 2),
+        ("stl10", "scale", "1", "B4", 0.6, 0.5, 0.5, 2),
+        ("stl10", "norm", "image", "B234", 8.2, 13.0, 0.5, 2),
+    ]
+    prices = pd.DataFrame(prices, columns="dataset question option model paper mean std seeds".split())
+    found = reproduction.weightings(prices, {"stl10": "resnet34"})
+    assert found.scale.tolist() == ["1/D", "1"] and found["mean"].tolist() == [14.0, 1.0]
+    assert found.last_share.tolist() == pytest.approx([0.0476, 1 / 3], abs=1e-4)
+
+
 def test_costs_read_what_the_batch_noted(tmp_path):
     for seed, seconds in ((0, 60), (1, 180)):
         path = tmp_path / "stl10" / f"seed-{seed}" / "cost" / "01_train.tsv"
