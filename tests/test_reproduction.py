@@ -145,7 +145,7 @@ def test_weightings_are_the_prices_of_the_factors():
         ("stl10", "scale", "1", "B4", 0.6, 0.5, 0.5, 2),
         ("stl10", "norm", "image", "B234", 8.2, 13.0, 0.5, 2),
     ]
-    prices = pd.DataFrame(prices, columns="dataset question option model paper mean std seeds".split())
+    prices = pd.DataFrame(prices, columns=["dataset", "question", "option", "model", "paper", "mean", "std", "seeds"])
     found = reproduction.weightings(prices, {"stl10": "resnet34"})
     assert found.scale.tolist() == ["1/D", "1"] and found["mean"].tolist() == [14.0, 1.0]
     assert found.last_share.tolist() == pytest.approx([0.0476, 1 / 3], abs=1e-4)
