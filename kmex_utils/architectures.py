@@ -5,7 +5,6 @@ the deepest four resolutions. A network to train is also *rebuilt* from its modu
 input of the next up to the average pool; EfficientNets, MobileNetV2, RegNets and MNASNets are, DenseNets are not.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -43,19 +42,12 @@ def build(
         One line that says what to change: an unknown name, weights that do not fit or cannot be had, a network whose
         head is not average pool and one linear layer, or that is no chain of modules.
     """
-    if weights in ("imagenet", "scratch"):
-        return _fresh(arch, classes, weights, seed, bias)
-    path = paths.resolve(weights)
-    if not path.suffix:
-        raise ValueError(
-            "weights must be 'imagenet', 'scratch', a backbone.safetensors of notebook 01_train or a file with a "
-            f"state dict of {arch}, got {weights!r}"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: weights is 'imagenet', 'scratch' or a file")
-    if _of_a_training(path):
-        return _go_on(_fresh(arch, classes, "scratch", seed, bias), path, arch)
-    return _fresh(arch, classes, read_state(path), seed, bias, path)
+    path = None if weights in ("imagenet", "scratch") else _existing(weights, arch)
+    if path and _of_a_training(path):
+        return _go_on(build(arch, classes, seed=seed, bias=bias), path, arch)
+    if path is None and arch in resnet_names():
+        return resnet(arch, classes, weights, seed, bias)
+    return _cut(arch, classes, weights, path, seed, bias)
 
 
 def unloaded(arch: str, classes: int, bias: bool = False) -> Backbone:
@@ -86,6 +78,18 @@ def weights_file(arch: str) -> tuple[Path, float]:
     return folder, 4.0 * sum(value.numel() for value in module.state_dict().values())
 
 
+def _existing(weights: str, arch: str) -> Path:
+    path = paths.resolve(weights)
+    if not path.suffix:
+        raise ValueError(
+            "weights must be 'imagenet', 'scratch', a backbone.safetensors of notebook 01_train or a file with a "
+            f"state dict of {arch}, got {weights!r}"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: weights is 'imagenet', 'scratch' or a file")
+    return path
+
+
 def _of_a_training(path: Path) -> bool:
     try:
         return path.suffix == ".safetensors" and "arch" in load_settings(path)
@@ -93,22 +97,19 @@ def _of_a_training(path: Path) -> bool:
         return False
 
 
-def _fresh(
-    arch: str, classes: int, weights: str | Mapping[str, torch.Tensor], seed: int, bias: bool, path: Path | None = None
-) -> Backbone:
-    pretrained = weights == "imagenet"
-    if arch in resnet_names() and path is None:
-        return resnet(arch, classes, weights, seed, bias)
+def _cut(arch: str, classes: int, weights: str, path: Path | None, seed: int, bias: bool) -> Backbone:
+    """The library's network, its weights from ``path`` if there is one, cut into blocks."""
     library = of_timm if is_timm(arch) else of_torchvision
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module, preset = library(arch, "imagenet" if pretrained else "random")
+        module, preset = library(arch, "imagenet" if weights == "imagenet" else "random")
         watched = Watched(module.eval(), preset["image_size"], arch)
         head = watched.head("")
         classifier = nn.Linear(module.get_submodule(head).in_features, classes, bias=bias)
-    if path is not None:
-        fit_head(module, weights, head, (), path)
-        load_into(module, weights, arch, path)
+    if path:
+        state = read_state(path)
+        fit_head(module, state, head, (), path)
+        load_into(module, state, arch, path)
     if hasattr(module, "transform_input"):
         module.transform_input = False  # the data set's normalisation stands
     backbone = Backbone(_chain(module, watched, head, arch), classifier)

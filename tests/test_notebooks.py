@@ -206,8 +206,9 @@ def test_scaling(tmp_path):
 @pytest.mark.notebook
 def test_own_images_through_the_same_notebooks(folder, tmp_path):
     given = {"dataset": "my-birds", "runs": str(tmp_path / "runs")}
-    small = {"image_size": 32, "arch": "resnet18", "weights": "scratch", "epochs": 1, "batch_size": 6}
+    small = {"image_size": 32, "arch": "mobilenet_v2", "weights": "scratch", "epochs": 1, "batch_size": 6}
     execute("01_train", tmp_path, folder=str(folder), data=str(tmp_path), **small, **given)
+    execute("02_cnn_as_sem", tmp_path, **given)
     executed = execute("03_kmex", tmp_path, prototypes_per_class=[1, 2], **given)
     assert (tmp_path / "runs" / "my-birds" / "seed-0" / "KMEx-2.safetensors").exists()
     assert not any(output.output_type == "error" for cell in executed.cells for output in cell.get("outputs", []))
