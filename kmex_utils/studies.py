@@ -3,9 +3,8 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -18,6 +17,9 @@ from .explainers import EncoderKMeans, KMEx, block_name
 from .hardware import float64_device
 from .kmeans import DenseRows, Prototypes, check_enough, classwise
 from .measures import accuracy
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 READINGS = (  # question, option, what it switches
     ("default", "", Normalisation()),
@@ -190,12 +192,14 @@ def depths(
     return records
 
 
-def changes(records: pd.DataFrame) -> pd.DataFrame:
+def changes(records: "pd.DataFrame") -> "pd.DataFrame":
     """What each option changes against the default of the same seed: a column ``change`` beside the records'.
 
     ``accuracy_most_frequent`` of the default reading is an option of the question ``prediction``; trainings with
     something switched are compared with those ``as trained``; ``map_correlation`` has no default and is itself.
     """
+    import pandas as pd
+
     key = ["model", "metric", "split", "seed"]
     default = records[records.question == "default"].set_index(key)["value"]
     trained = records[records.question == "as trained"].set_index(key)["value"]
