@@ -31,10 +31,8 @@ def build(
         ``imagenet`` (the library's, downloaded on first use), ``scratch``, a file with a state dict of the library's
         network, or the ``backbone.safetensors`` of another training: its blocks, and its classifier where the shapes
         agree.
-    seed
-        Of the random initialisation; the caller's random state is left as it was.
-    bias
-        Give the classifier one; eq. 2 has none.
+    seed, bias
+        As of :func:`~kmex_utils.backbones.resnet`.
 
     Raises
     ------
@@ -71,10 +69,11 @@ def weights_file(arch: str) -> tuple[Path, float]:
     if not is_timm(arch):
         entry = weights_entry(arch)
         return Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[1], entry.meta["_file_size"] * 2**20
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     module, _ = of_timm(arch, "random")
-    folder = Path(HF_HUB_CACHE) / f"models--{module.pretrained_cfg['hf_hub_id'].replace('/', '--')}"
+    from huggingface_hub.constants import HF_HUB_CACHE  # comes with timm
+
+    name = module.pretrained_cfg.get("hf_hub_id") or arch
+    folder = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     return folder, 4.0 * sum(value.numel() for value in module.state_dict().values())
 
 

@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{options.config} does not exist")
     try:
         table, lines = plan(load_configfile(options.config), options.runs.resolve())
-    except (ValueError, OSError, WorkflowError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, WorkflowError, torch.OutOfMemoryError) as error:
         print(str(error).splitlines()[0], file=sys.stderr)
         return 2
     shown = table[["data", "step", "work", "seeds"]].copy()

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from .interpretation import Interpretation
 from .protopnet import Activated
@@ -389,7 +390,9 @@ def weightings(found: pd.DataFrame, printed: float) -> Figure:
         )
     side.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     side.set(xscale="log", xlabel="share of B4 in the squared distance", ylabel="points B234 loses to the CNN")
+    side.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     side.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    side.minorticks_off()
     side.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     plt.close(figure)  # shown once, by the caller
     return figure

@@ -436,10 +436,10 @@ def page(
 
 _MODELS = """\
 *CNN*: the network itself, its classifier's columns c_j as prototypes. *KMEx*: nearest k-means centroid of the pooled
-embedding z, K/C per class. *B4*, *B34*, *B234*: every position of the last one, two, three blocks goes to its nearest
-centroid; the class with most positions wins (eq. 7 to 10). *ProtoPNet*: prototypes learned with the network; *ProtoPNet
-+ KMEx*: KMEx on its embedding. *cos_class*, *cos_out*: mean cosine of a class's prototypes with the training embeddings
-of that class, and of all others."""
+embedding z, K/C per class. *B4*, *B34*, *B234*, *B1234*: every position of the last one to four blocks goes to its
+nearest centroid; the class with most positions wins (eq. 7 to 10). *ProtoPNet*: prototypes learned with the network;
+*ProtoPNet + KMEx*: KMEx on its embedding. *cos_class*, *cos_out*: mean cosine of a class's prototypes with the training
+embeddings of that class, and of all others."""
 
 
 def summary(relations: pd.DataFrame, prices: pd.DataFrame) -> list[str]:
