@@ -110,7 +110,8 @@ def test_kill_and_resume(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         folder.mkdir()
-    done = batch(whole, configuration(whole), "--cores", "2")
+    only = [str(whole / "figures" / "mnist-mini" / f"table{i}.csv") for i in (1, 2)]
+    done = batch(whole, configuration(whole), *only, "--cores", "2")
     assert done.returncode == 0, done.stdout
 
     config = configuration(cut)
@@ -146,11 +147,11 @@ def test_kill_and_resume(tmp_path):
 
 @pytest.mark.batch
 def test_a_failing_notebook_is_named_with_its_cell(tmp_path):
-    done = batch(
-        tmp_path, configuration(tmp_path, {**TINY, "prototypes_per_class": 400}), "--cores", "2", "--keep-going"
-    )
+    run = tmp_path / "runs" / "mnist-mini" / "seed-0"
+    wrong = configuration(tmp_path, {**TINY, "prototypes_per_class": 400, "epochs": 1})
+    done = batch(tmp_path, wrong, str(run / "results-encoder.json"), "--cores", "1")
     assert done.returncode != 0
-    partial = tmp_path / "runs" / "mnist-mini" / "seed-0" / "notebooks" / "04_encoder.ipynb"
+    partial = run / "notebooks" / "04_encoder.ipynb"
     assert re.search(rf"FAILED {partial}, cell \[\d+\]: ValueError: class '0' has \d+ training rows", done.stdout)
     cells = [cell for cell in json.loads(partial.read_text())["cells"] if cell["cell_type"] == "code"]
     assert any(cell["outputs"] for cell in cells), "the partial output is kept"
