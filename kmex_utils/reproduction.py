@@ -178,6 +178,30 @@ def prices(ledger: pd.DataFrame, records: pd.DataFrame, dataset: str) -> pd.Data
     return found.rename(columns={"count": "seeds"})
 
 
+def effects(ledger: pd.DataFrame, dataset: str) -> pd.DataFrame:
+    """What is open beside eq. 7, 8 and 10: pairs of Table 1, start of the attribution, trainings with a thing switched.
+
+    ``ledger`` is notebook 13's. Changes against the default of the same seed, on test images where it is an accuracy,
+    and the correlation of both attributions.
+
+    Returns
+    -------
+    DataFrame
+        dataset, question, model, metric, mean, std, seeds.
+    """
+    from .studies import changes
+
+    found = changes(ledger.fillna({"option": ""}))
+    found = found[~found.question.isin(["norm", "scale", "align_corners", "grid", "prediction"])]
+    found = found[found.model != "KMEx (K/C=1)"]  # whose one prototype is the nearest
+    correlation, cosine = found.metric == "map_correlation", (found.question == "pairs")
+    found = found[correlation | cosine | ((found.metric == "accuracy") & (found.split == "test"))]
+    keys = ["question", "model", "metric"]
+    table = found.groupby(keys, sort=False)["change"].agg(["mean", "std", "count"]).reset_index()
+    table.insert(0, "dataset", dataset)
+    return table.rename(columns={"count": "seeds"})
+
+
 def last_share(network: str, scale: str) -> float:
     """Share of the deepest block of B234 in the squared distance of eq. 9, if blocks differ alike before scaling.
 
@@ -337,8 +361,8 @@ def page(
     Parameters
     ----------
     parts
-        ``trained``, ``relations``, ``table1``, ``table2``, ``prices``, ``cost``, ``disk`` and ``others``, as the
-        functions above give them.
+        ``trained``, ``relations``, ``table1``, ``table2``, ``prices``, ``effects``, ``cost``, ``disk`` and ``others``,
+        as the functions above give them.
     config
         The batch configuration that made the runs, printed as it is.
     """
@@ -408,6 +432,16 @@ def page(
         lines += _picture(
             figures, name, "weighting", "What B234 loses against the share of B4 in the distance of eq. 9"
         )
+    if len(parts["effects"]):
+        effects = parts["effects"]
+        fine, coarse = _with_spread(effects, 2), _with_spread(effects, 1)
+        of_points = effects.metric == "accuracy"
+        wide = effects.assign(cell=[c if points else f for f, c, points in zip(fine, coarse, of_points, strict=True)])
+        keys = ["question", "model", "metric"]
+        wide = wide.pivot(index=keys, columns="dataset", values="cell").reindex(
+            pd.MultiIndex.from_frame(effects[keys].drop_duplicates())
+        )
+        lines += [_EFFECTS, "", _markdown(wide[[d for d in datasets if d in wide]].fillna("–").reset_index()), ""]
     for dataset in datasets:
         for stem, caption in (("ledger", "Open choices"), ("depth", "Depth and K/C")):
             lines += _picture(figures, dataset, stem, f"{caption}: {dataset}")
@@ -440,6 +474,12 @@ embedding z, K/C per class. *B4*, *B34*, *B234*, *B1234*: every position of the 
 nearest centroid; the class with most positions wins (eq. 7 to 10). *ProtoPNet*: prototypes learned with the network;
 *ProtoPNet + KMEx*: KMEx on its embedding. *cos_class*, *cos_out*: mean cosine of a class's prototypes with the training
 embeddings of that class, and of all others."""
+
+
+_EFFECTS = """\
+What else is open: each embedding's *nearest* prototype instead of all *pairs* (change of Table 1), eq. 11 as it is
+instead of averaged over segments at the *attribution start* (correlation of both maps of an image), and trainings with
+one thing switched (points of test accuracy)."""
 
 
 def summary(relations: pd.DataFrame, prices: pd.DataFrame) -> list[str]:

@@ -112,6 +112,11 @@ priced = [reproduction.prices(read[d, "ledger"], records[d], d) for d in dataset
 priced = pd.concat(priced, ignore_index=True) if priced else pd.DataFrame()
 priced.round(2)
 
+# %%
+effects = [reproduction.effects(read[d, "ledger"], d) for d in datasets if (d, "ledger") in read]
+effects = pd.concat(effects, ignore_index=True) if effects else pd.DataFrame()
+effects.round(2)
+
 # %% [markdown]
 # With $1/D_b$ the shallowest block carries most of the distance, the more so the more channels grow with depth. The
 # loss against the share of $B4$, for the three factors; hollow: the paper's, if its factor is as printed.
@@ -150,7 +155,15 @@ from IPython.display import Markdown
 
 from kmex_utils.store import save_text
 
-parts = {"trained": trained, "relations": found, **tables, "prices": priced, "cost": cost, "disk": files}
+parts = {
+    "trained": trained,
+    "relations": found,
+    **tables,
+    "prices": priced,
+    "effects": effects,
+    "cost": cost,
+    "disk": files,
+}
 for stem, part in {**parts, "curves": curves, "weighting": weighted}.items():
     save_text(folder / name / f"{stem}.csv", part.to_csv(index=False, float_format="%.6g"))
 made_by = made_by.read_text() if config else ""

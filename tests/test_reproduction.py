@@ -9,6 +9,8 @@ from scipy import stats
 
 from kmex_utils import reproduction, tables
 
+EFFECTS = ["dataset", "question", "model", "metric", "mean", "std", "seeds"]
+
 
 def rows(values, metric="accuracy", split="test"):
     """Records of {model: one value per seed}."""
@@ -124,6 +126,33 @@ def test_prices_are_what_the_cnn_keeps():
     assert lines[-1].endswith("stl10: 10.0 points with the printed factor 1/D_b, 4.5 with equal weights.")
 
 
+def test_effects_of_what_else_is_open():
+    ledger = [
+        ("default", "", "KMEx (K/C=5)", "cos_class", "train", 0, 0.80),
+        ("default", "", "KMEx (K/C=1)", "cos_class", "train", 0, 0.90),
+        ("pairs", "nearest", "KMEx (K/C=5)", "cos_class", "train", 0, 0.85),
+        ("pairs", "nearest", "KMEx (K/C=1)", "cos_class", "train", 0, 0.90),
+        ("default", "", "B4", "accuracy", "test", 0, 70.0),
+        ("norm", "image", "B4", "accuracy", "test", 0, 71.0),
+        ("attribution start", "raw", "B4", "map_correlation", "test", 0, 0.7),
+        ("attribution start", "raw", "B4", "map_correlation", "test", 1, 0.9),
+        ("as trained", "", "CNN", "accuracy", "test", 0, 80.0),
+        ("as trained", "", "CNN", "accuracy", "train", 0, 90.0),
+        ("bias", "switched", "CNN", "accuracy", "test", 0, 79.5),
+        ("bias", "switched", "CNN", "accuracy", "train", 0, 95.0),
+    ]
+    columns = ["question", "option", "model", "metric", "split", "seed", "value"]
+    found = reproduction.effects(pd.DataFrame(ledger, columns=columns).replace({"option": {"": np.nan}}), "stl10")
+    assert found.columns.tolist() == EFFECTS
+    assert found[["question", "model", "metric", "seeds"]].values.tolist() == [
+        ["pairs", "KMEx (K/C=5)", "cos_class", 1],
+        ["attribution start", "B4", "map_correlation", 2],
+        ["bias", "CNN", "accuracy", 1],
+    ]
+    assert found["mean"].tolist() == pytest.approx([0.05, 0.8, -0.5])
+    assert found["std"][1] == pytest.approx(0.02**0.5)
+
+
 def test_share_of_the_deepest_block(generator):
     """As the rows of q(b:) have it: each block's part of a difference, its own length divided out."""
     from conftest import blocks_of
@@ -191,6 +220,7 @@ def test_the_page_says_what_the_tables_say(tmp_path):
         "table1": table[table.metric != "accuracy"],
         "table2": table[table.metric == "accuracy"],
         "prices": pd.DataFrame(),
+        "effects": pd.DataFrame([("stl10", "bias", "CNN", "accuracy", -0.5, 0.25, 2)], columns=EFFECTS),
         "cost": reproduction.costs(tmp_path, ["stl10"]),
         "disk": reproduction.disk(tmp_path, ["stl10"]),
         "others": reproduction.beside_others({"stl10": records}, trained),
@@ -201,4 +231,6 @@ def test_the_page_says_what_the_tables_say(tmp_path):
     line = next(line for line in text.splitlines() if "| CNN" in line and "accuracy" in line)
     assert [cell.strip() for cell in line.split("|")[5:8]] == ["86.1", "80.5 ± 0.7", "-5.6"]
     assert "(../stl10/figure1.png)" in text and "figure2.png" not in text
+    line = next(line for line in text.splitlines() if line.startswith("| bias"))
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["bias", "CNN", "accuracy", "-0.5 ± 0.2"]
     assert "| 1 of 2" in text and parts["others"]["test accuracy (%)"].tolist() == [80.5, 80.5]
