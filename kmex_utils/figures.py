@@ -374,7 +374,7 @@ def weightings(found: pd.DataFrame, printed: float) -> Figure:
     ``printed`` is that share in the paper's network with the factor as printed: where its own numbers stand, hollow.
     """
     figure, side = plt.subplots(figsize=(6.4, 3.4))
-    names = list(dict.fromkeys(found.dataset))
+    names = sorted(set(found.dataset))
     networks = list(dict.fromkeys(found.network))
     for (network, dataset), mine in found.groupby(["network", "dataset"], sort=False):
         mine = mine.sort_values("last_share")
@@ -389,7 +389,7 @@ def weightings(found: pd.DataFrame, printed: float) -> Figure:
             printed, paper, "*", markersize=11, markerfacecolor="none", color=colour, label=f"{dataset}, the paper"
         )
     side.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    side.set(xscale="log", xlabel="share of B4 in the squared distance", ylabel="points B234 loses to the CNN")
+    side.set(xscale="log", xlabel="nominal share of B4 in the squared distance", ylabel="points B234 loses to the CNN")
     side.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     side.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     side.minorticks_off()

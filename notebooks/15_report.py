@@ -46,7 +46,7 @@ if config and not made_by.is_file():
 folder = paths.resolve(figures_folder)
 read = {}
 for dataset in datasets:
-    for part in ("table1", "table2", "table1-seeds", "table2-seeds", "ledger"):
+    for part in ("table1", "table2", "table1-seeds", "table2-seeds", "ledger", "depth"):
         path = folder / dataset / f"{part}.csv"
         if path.exists():
             read[dataset, part] = pd.read_csv(path)
@@ -105,15 +105,19 @@ tables["table2"].round(1)
 # %% [markdown]
 # ## The price of each reading
 #
-# What B4 and B234 lose to the CNN on test images, in the paper and under each reading of what it leaves open.
+# What B4 and B234 lose to the CNN on test images, in the paper and under each reading of what it leaves open. Where
+# notebook 13 has not run, notebook 14 tells of the factor.
 
 # %%
-priced = [reproduction.prices(read[d, "ledger"], records[d], d) for d in datasets if (d, "ledger") in read]
+ledgers = {d: read[d, "ledger"] for d in datasets if (d, "ledger") in read}
+scaled = {d: reproduction.ledger_of_depth(read[d, "depth"], own[d]) for d in datasets if (d, "depth") in read}
+found_in = {d: some for d, some in scaled.items() if {"", "1"} <= {*some.option}} | ledgers
+priced = [reproduction.prices(found_in[d], records[d], d) for d in datasets if d in found_in]
 priced = pd.concat(priced, ignore_index=True) if priced else pd.DataFrame()
 priced.round(2)
 
 # %%
-effects = [reproduction.effects(read[d, "ledger"], d) for d in datasets if (d, "ledger") in read]
+effects = [reproduction.effects(ledger, d) for d, ledger in ledgers.items()]
 effects = pd.concat(effects, ignore_index=True) if effects else pd.DataFrame()
 effects.round(2)
 

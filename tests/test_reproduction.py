@@ -28,11 +28,12 @@ def table2():
 
 def test_margin_is_a_two_sample_interval(table2):
     found = reproduction.compare(table2).set_index("model")
-    assert list(found.index) == ["CNN", "B4"], "the paper prints no B34"
+    assert list(found.index) == ["CNN", "B4", "B34"]
+    assert math.isnan(found.margin["B34"]) and found.outside["B34"] == "", "the paper prints no B34"
     values = np.array([86.0, 86.4, 85.9])
     expected = stats.t.ppf(0.975, 2) * values.std(ddof=1) * math.sqrt(1 / 3 + 1 / 5)
-    assert found.margin["CNN"] == pytest.approx(expected)
-    assert found.outside.to_dict() == {"CNN": "no", "B4": "yes"}
+    assert found.margin["CNN"] == pytest.approx(expected + 0.05)
+    assert found.outside.to_dict() == {"CNN": "no", "B4": "yes", "B34": ""}
     assert found.difference["B4"] == pytest.approx(70.1 - 85.5)
 
 
@@ -41,7 +42,9 @@ def test_margin_covers_as_often_as_it_says(generator):
     draws = np.random.default_rng(0).normal(50, 3, (2000, 8))
     outside = 0
     for draw in draws:
-        ours = pd.DataFrame([{"n_seeds": 3, "mean": draw[:3].mean(), "std": draw[:3].std(ddof=1)}])
+        ours = pd.DataFrame(
+            [{"metric": "accuracy", "n_seeds": 3, "mean": draw[:3].mean(), "std": draw[:3].std(ddof=1)}]
+        )
         (answer,) = reproduction.compare(ours.assign(paper=draw[3:].mean())).outside
         outside += answer == "yes"
     assert 0.03 < outside / len(draws) < 0.07
@@ -113,6 +116,8 @@ def test_prices_are_what_the_cnn_keeps():
     found = reproduction.prices(ledger.assign(split="test"), pd.DataFrame(all_records()), "stl10")
     found = found.set_index(["question", "option", "model"])
     assert found["mean"].to_dict() == {
+        ("all images", "", "B4"): 4.0,
+        ("all images", "", "B234"): 10.0,
         ("default", "", "B4"): 2.0,
         ("default", "", "B234"): 10.0,
         ("scale", "1", "B234"): 4.5,
@@ -123,7 +128,27 @@ def test_prices_are_what_the_cnn_keeps():
     lines = reproduction.summary(relations, found.reset_index())
     assert "- B234 gives up more: holds in every seed of stl10." in lines
     assert "- B4 stays close to it: does not hold in every seed of stl10 (1 of 2 seeds)." in lines
-    assert lines[-1].endswith("stl10: 10.0 points with the printed factor 1/D_b, 4.5 with equal weights.")
+    assert lines[-1].startswith("- What B234 loses to the CNN in stl10: 10.0 points (paper 8.2);")
+    assert lines[-1].endswith("10.0 with the printed factor 1/D_b, 4.5 with equal weights.")
+
+
+def test_the_depth_study_tells_of_the_factor_too():
+    depth = [
+        ("B234", "1/D", "accuracy", 5, 0, 70.0),
+        ("B234", "1/D", "accuracy_most_frequent", 5, 0, 65.0),
+        ("B234", "1", "accuracy", 5, 0, 79.0),
+        ("B234", "1", "accuracy", 20, 0, 80.0),
+        ("KMEx", "", "accuracy", 5, 0, 79.0),
+        ("CNN", "", "accuracy", 0, 0, 80.0),
+    ]
+    depth = pd.DataFrame(depth, columns=["model", "scale", "metric", "per_class", "seed", "value"]).assign(split="test")
+    ledger = reproduction.ledger_of_depth(depth.replace({"scale": {"": np.nan}}), 5)
+    found = reproduction.prices(ledger, pd.DataFrame(all_records()), "stl10").query("question != 'all images'")
+    assert found.set_index(["question", "option"])["mean"].to_dict() == {
+        ("default", ""): 10.0,
+        ("scale", "1"): 1.0,
+        ("prediction", "most frequent"): 15.0,
+    }
 
 
 def test_effects_of_what_else_is_open():
@@ -140,6 +165,8 @@ def test_effects_of_what_else_is_open():
         ("as trained", "", "CNN", "accuracy", "train", 0, 90.0),
         ("bias", "switched", "CNN", "accuracy", "test", 0, 79.5),
         ("bias", "switched", "CNN", "accuracy", "train", 0, 95.0),
+        ("as trained", "", "KMEx (K/C=1)", "accuracy", "test", 0, 70.0),
+        ("bias", "switched", "KMEx (K/C=1)", "accuracy", "test", 0, 72.0),
     ]
     columns = ["question", "option", "model", "metric", "split", "seed", "value"]
     found = reproduction.effects(pd.DataFrame(ledger, columns=columns).replace({"option": {"": np.nan}}), "stl10")
@@ -148,8 +175,9 @@ def test_effects_of_what_else_is_open():
         ["pairs", "KMEx (K/C=5)", "cos_class", 1],
         ["attribution start", "B4", "map_correlation", 2],
         ["bias", "CNN", "accuracy", 1],
+        ["bias", "KMEx (K/C=1)", "accuracy", 1],
     ]
-    assert found["mean"].tolist() == pytest.approx([0.05, 0.8, -0.5])
+    assert found["mean"].tolist() == pytest.approx([0.05, 0.8, -0.5, 2.0])
     assert found["std"][1] == pytest.approx(0.02**0.5)
 
 
