@@ -530,8 +530,8 @@ def summary(relations: pd.DataFrame, prices: pd.DataFrame) -> list[str]:
                 for question, option in (("all images", ""), ("default", ""), ("scale", "1"))
             )
             lines.append(
-                f"- What B234 loses to the CNN in {dataset}: {whole:.1f} points{in_paper[dataset]}; with prototypes from "
-                f"a part of the images, {printed:.1f} with the printed factor 1/D_b, {equal:.1f} with equal weights."
+                f"- What B234 loses to the CNN in {dataset}: {whole:.1f} points{in_paper[dataset]}; with prototypes "
+                f"from a part of the images {printed:.1f} with the printed factor 1/D_b, {equal:.1f} with equal weights."
             )
     return lines
 
