@@ -525,13 +525,11 @@ def summary(relations: pd.DataFrame, prices: pd.DataFrame) -> list[str]:
         published = prices[prices.model == "B234"].groupby("dataset")["paper"].first()
         in_paper = {d: f" (paper {lost:.1f})" if pd.notna(lost) else "" for d, lost in published.items()}
         for dataset in dict.fromkeys(prices.dataset):
-            whole, printed, equal = (
-                mine[dataset, question, option]
-                for question, option in (("all images", ""), ("default", ""), ("scale", "1"))
-            )
+            asked = (("all images", ""), ("default", ""), ("scale", "1"))
+            whole, printed, equal = (mine[dataset, question, option] for question, option in asked)
             lines.append(
                 f"- What B234 loses to the CNN in {dataset}: {whole:.1f} points{in_paper[dataset]}; with prototypes "
-                f"from a part of the images {printed:.1f} with the printed factor 1/D_b, {equal:.1f} with equal weights."
+                f"from a part of the images {printed:.1f} with the printed 1/D_b, {equal:.1f} with equal weights."
             )
     return lines
 

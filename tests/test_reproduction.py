@@ -129,7 +129,7 @@ def test_prices_are_what_the_cnn_keeps():
     assert "- B234 gives up more: holds in every seed of stl10." in lines
     assert "- B4 stays close to it: does not hold in every seed of stl10 (1 of 2 seeds)." in lines
     assert lines[-1].startswith("- What B234 loses to the CNN in stl10: 10.0 points (paper 8.2);")
-    assert lines[-1].endswith("10.0 with the printed factor 1/D_b, 4.5 with equal weights.")
+    assert lines[-1].endswith("10.0 with the printed 1/D_b, 4.5 with equal weights.")
 
 
 def test_the_depth_study_tells_of_the_factor_too():
