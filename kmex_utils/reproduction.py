@@ -464,7 +464,11 @@ def page(
             lines += _picture(figures, dataset, stem, f"{caption}: {dataset}")
     lines += ["## Figures 1 and 2", ""]
     for dataset in datasets:
-        for stem, caption in (("figure1", "Figure 1"), ("figure2", "Figure 2")):
+        for stem, caption in (
+            ("figure1", "Figure 1"),
+            ("figure1-equal", "Figure 1 with equal weights in eq. 8"),
+            ("figure2", "Figure 2"),
+        ):
             lines += _picture(figures, dataset, stem, f"{caption}: {dataset}")
 
     cost, disk = parts["cost"], parts["disk"]
