@@ -539,7 +539,7 @@ def summary(relations: pd.DataFrame, prices: pd.DataFrame) -> list[str]:
 
 
 def _numbers(values: Iterable[float], digits: int = 2) -> list[str]:
-    return ["–" if pd.isna(value) else f"{value:.{digits}f}" for value in values]
+    return ["–" if pd.isna(value) else f"{round(value, digits) + 0.0:.{digits}f}" for value in values]  # no -0.0
 
 
 def _with_spread(table: pd.DataFrame, digits: int = 2) -> list[str]:
