@@ -1,22 +1,29 @@
-# `make reproduce` and `make test` build the environment they need from the pins in requirements.txt.
+# Every target but `clean` builds the environment it needs from the pins in requirements.txt.
 
 PYTHON ?= python3
 CORES ?= all
 BIN := .venv/bin
 
-.PHONY: reproduce paper test lab clean
+.PHONY: reproduce paper check test lab clean
 
 reproduce: .venv/.complete ## every notebook on the embedded digits: tables, figures, executed notebooks, HTML
-	$(BIN)/python -m kmex_utils.batch config/quick.yaml --cores $(CORES)
+	$(BIN)/kmex batch config/quick.yaml --cores $(CORES)
 
 paper: .venv/.complete ## the paper's three data sets, five seeds; prints what they will take and starts (Ctrl-C stops)
-	$(BIN)/python -m kmex_utils.estimate config/paper.yaml
-	$(BIN)/python -m kmex_utils.batch config/paper.yaml --cores $(CORES)
+	$(BIN)/kmex estimate config/paper.yaml
+	$(BIN)/kmex batch config/paper.yaml --cores $(CORES)
 
-test: .venv/.complete ## style and tests
-	$(BIN)/ruff check .
+check: .venv/.complete ## before a commit: format, lint, types, unit tests; a minute and a half
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not (notebook or batch or browser or slow)"
+
+test: .venv/.complete ## everything: as check, with notebooks, workflow and browser
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: .venv/.complete ## step through the notebooks
 	$(BIN)/jupyter lab notebooks

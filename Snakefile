@@ -1,11 +1,13 @@
-"""One rule per notebook, over data sets and seeds. Started by `python -m kmex_utils.batch CONFIG`."""
+"""One rule per notebook, over data sets and seeds. Started by `kmex batch CONFIG`."""
 
 import json
 import shlex
 from pathlib import Path
 
+from kmex_utils.paper.batch import sources
+
 if not config:
-    raise WorkflowError("name a configuration: --configfile config/quick.yaml, or python -m kmex_utils.batch CONFIG")
+    raise WorkflowError("name a configuration: --configfile config/quick.yaml, or kmex batch CONFIG")
 
 BASE = Path(workflow.basedir)
 RUNS = config.get("runs", "runs")
@@ -22,12 +24,13 @@ PER_SEED = ["01_train", "02_cnn_as_sem", "03_kmex", "04_encoder", "05_protopnet"
 STAGES = ["train", "sem", "kmex", "encoder", "protopnet"]
 PER_DATASET = ["06_alignment", "07_accuracy", "08_umap", "09_interpretation"]
 TAKES = {  # parameters a data set's entry in the configuration may set, beside those the rules give
-    "01_train": ["folder", "classes", "crop", "images_per_class", "validation", "image_size", "flip", "padding", "arch",
-                 "weights", "bias", "epochs", "batch_size", "learning_rate", "momentum", "precision", "device", "data"],
+    "01_train": ["folder", "classes", "crop", "images_per_class", "validation", "held_out", "image_size", "flip",
+                 "padding", "arch", "arch_args", "weights", "bias", "epochs", "batch_size", "learning_rate", "momentum",
+                 "precision", "device", "data"],
     "02_cnn_as_sem": ["device"],
     "03_kmex": ["restarts"],
     "04_encoder": ["start_blocks", "prototypes_per_class", "norm", "scale", "align_corners", "grid", "restarts",
-                   "activations_in", "device"],
+                   "store", "device"],
     "05_protopnet": ["features_from", "prototypes_per_class", "prototype_depth", "prototype_size", "warm_epochs",
                      "joint_epochs", "push_start", "push_every", "last_passes", "batch_size", "features_rate",
                      "add_on_rate", "prototypes_rate", "last_rate", "weight_decay", "rate_step", "rate_factor",
@@ -54,9 +57,18 @@ for name, chosen in DATASETS.items():
         raise WorkflowError(f"no notebook takes {', '.join(sorted(unknown))} (given for {name} in the configuration)")
 
 
-def code(notebook, *modules):
-    """A notebook's source and the modules that shape its results."""
-    return [BASE / "notebooks" / f"{notebook}.py", *(BASE / "kmex_utils" / f"{module}.py" for module in modules)]
+def code(notebook, *views):
+    """A notebook's source and what it imports of the package, without what has no part in the numbers it leaves.
+
+    ``views`` are imported when they are drawn.
+    """
+    without = {"drawing", "figures"} if notebook in PER_SEED else set()
+    if notebook in ("01_train", "05_protopnet"):  # the long ones
+        without |= {"runs"}
+    if notebook == "01_train":
+        without |= {"composite", "kmeans", "operator", "products", "prototypes"}
+    imported = sources(BASE / "notebooks" / f"{notebook}.py", without)
+    return sorted(imported | {BASE / "kmex_utils" / f"{view}.py" for view in views})
 
 
 def given(notebook, **values):
@@ -104,10 +116,12 @@ def pages(runs, notebooks):
 
 
 def papermill(notebook):
-    """The command of a rule; what the notebook prints is shown as it comes, less what every kernel says of itself."""
-    command = "papermill --no-progress-bar --log-level WARNING --stdout-file >(cat)"
-    command += " 2> >(grep --line-buffered -v 'over TCP without encryption' >&2)"
-    return f"{command} {BASE}/notebooks/{notebook}.ipynb {{log}} -y {{params.given}}"
+    """The command of a rule: a line at start and end, what the notebook prints as it comes, no kernel's chatter."""
+    chatter = "grep --line-buffered -v -e 'over TCP without encryption' -e 'KeyboardInterrupt caught in kernel' >&2"
+    source = shlex.quote(str(BASE / "notebooks" / f"{notebook}.ipynb"))
+    command = f"papermill --no-progress-bar --log-level WARNING --stdout-file >(cat) 2> >({chatter})"
+    command += f" {source} {{log:q}} -y {{params.given}}"
+    return f"echo \"$(date +%T) start {{log}}\"; {command}; echo \"$(date +%T) done  {{log}}, $SECONDS s\""
 
 
 rule all:
@@ -119,9 +133,11 @@ rule all:
 rule train:
     """01: the backbone, its embeddings and accuracy."""
     input:
-        code=code("01_train", "datasets", "backbones", "architectures", "training", "hardware", "activations"),
+        code=code("01_train"),
     output:
-        f"{RUN}/backbone.safetensors",
+        f"{RUN}/network.json",
+        f"{RUN}/weights.safetensors",
+        f"{RUN}/training.json",
         f"{RUN}/embeddings.safetensors",
         f"{RUN}/results-train.json",
     params:
@@ -133,8 +149,6 @@ rule train:
     resources:
         gpu=1,
     threads: config["threads"]
-    message:
-        "training: {wildcards.dataset}, seed {wildcards.seed}"
     shell:
         papermill("01_train")
 
@@ -142,8 +156,8 @@ rule train:
 rule cnn_as_sem:
     """02: Theorem 1."""
     input:
-        f"{RUN}/backbone.safetensors",
-        code=code("02_cnn_as_sem", "explainers"),
+        f"{RUN}/training.json",
+        code=code("02_cnn_as_sem"),
     output:
         f"{RUN}/results-sem.json",
     params:
@@ -155,8 +169,6 @@ rule cnn_as_sem:
     resources:
         gpu=1,
     threads: config["threads"]
-    message:
-        "CNN as a SEM: {wildcards.dataset}, seed {wildcards.seed}"
     shell:
         papermill("02_cnn_as_sem")
 
@@ -166,7 +178,7 @@ rule kmex:
     input:
         f"{RUN}/embeddings.safetensors",
         f"{RUN}/results-train.json",
-        code=code("03_kmex", "explainers", "kmeans", "measures"),
+        code=code("03_kmex"),
     output:
         f"{RUN}/results-kmex.json",
     params:
@@ -176,8 +188,6 @@ rule kmex:
     benchmark:
         f"{RUN}/cost/03_kmex.tsv"
     threads: config["threads"]
-    message:
-        "KMEx: {wildcards.dataset}, seed {wildcards.seed}"
     shell:
         papermill("03_kmex")
 
@@ -185,9 +195,9 @@ rule kmex:
 rule encoder:
     """04: class-wise k-means on the composite, from each start block."""
     input:
-        f"{RUN}/backbone.safetensors",
+        f"{RUN}/training.json",
         f"{RUN}/results-train.json",
-        code=code("04_encoder", "explainers", "kmeans", "composite", "measures", "activations"),
+        code=code("04_encoder"),
     output:
         f"{RUN}/results-encoder.json",
     params:
@@ -199,8 +209,6 @@ rule encoder:
     resources:
         gpu=1,
     threads: config["threads"]
-    message:
-        "encoder prototypes: {wildcards.dataset}, seed {wildcards.seed}"
     shell:
         papermill("04_encoder")
 
@@ -208,9 +216,9 @@ rule encoder:
 rule protopnet:
     """05: the baseline, trained."""
     input:
-        f"{RUN}/backbone.safetensors",
+        f"{RUN}/training.json",
         f"{RUN}/results-train.json",
-        code=code("05_protopnet", "protopnet", "explainers", "kmeans", "measures", "datasets", "hardware"),
+        code=code("05_protopnet"),
     output:
         f"{RUN}/results-protopnet.json",
     params:
@@ -222,8 +230,6 @@ rule protopnet:
     resources:
         gpu=1,
     threads: config["threads"]
-    message:
-        "ProtoPNet: {wildcards.dataset}, seed {wildcards.seed}"
     shell:
         papermill("05_protopnet")
 
@@ -232,7 +238,7 @@ rule alignment:
     """06: Table 1."""
     input:
         of_seeds(f"{RUN}/results-{{stage}}.json", stage=["kmex", "protopnet"]),
-        code=code("06_alignment", "measures", "tables"),
+        code=code("06_alignment"),
     output:
         f"{TABLES}/table1.csv",
         f"{TABLES}/table1.md",
@@ -243,8 +249,6 @@ rule alignment:
     benchmark:
         f"{DATA}/cost/06_alignment.tsv"
     threads: config["threads"]
-    message:
-        "Table 1: {wildcards.dataset}"
     shell:
         papermill("06_alignment")
 
@@ -253,7 +257,7 @@ rule accuracy:
     """07: Table 2."""
     input:
         of_seeds(f"{RUN}/results-{{stage}}.json", stage=STAGES),
-        code=code("07_accuracy", "tables"),
+        code=code("07_accuracy"),
     output:
         f"{TABLES}/table2.csv",
         f"{TABLES}/table2.md",
@@ -264,8 +268,6 @@ rule accuracy:
     benchmark:
         f"{DATA}/cost/07_accuracy.tsv"
     threads: config["threads"]
-    message:
-        "Table 2: {wildcards.dataset}"
     shell:
         papermill("07_accuracy")
 
@@ -274,7 +276,7 @@ rule umap:
     """08: Figure 2, of the first seed."""
     input:
         of_first_seed(f"{RUN}/results-kmex.json"),
-        code=code("08_umap", "figures"),
+        code=code("08_umap"),
     output:
         f"{TABLES}/figure2.png",
         f"{TABLES}/figure2.pdf",
@@ -286,8 +288,6 @@ rule umap:
     benchmark:
         f"{DATA}/cost/08_umap.tsv"
     threads: config["threads"]
-    message:
-        "Figure 2: {wildcards.dataset}"
     shell:
         papermill("08_umap")
 
@@ -296,7 +296,7 @@ rule interpretation:
     """09: Figure 1, of the first seed."""
     input:
         of_first_seed(f"{RUN}/results-encoder.json"),
-        code=code("09_interpretation", "interpretation", "attribution", "figures"),
+        code=code("09_interpretation", "explanation/figure1"),
     output:
         f"{TABLES}/figure1.png",
         f"{TABLES}/figure1.pdf",
@@ -307,8 +307,6 @@ rule interpretation:
     benchmark:
         f"{DATA}/cost/09_interpretation.tsv"
     threads: config["threads"]
-    message:
-        "Figure 1: {wildcards.dataset}"
     shell:
         papermill("09_interpretation")
 
@@ -316,8 +314,8 @@ rule interpretation:
 rule subset:
     """10: how many images the prototypes need; asked for by `extras`."""
     input:
-        of_seeds(f"{RUN}/backbone.safetensors"),
-        code=code("10_subset", "subsets", "studies", "kmeans", "composite", "explainers"),
+        of_seeds(f"{RUN}/training.json"),
+        code=code("10_subset"),
     output:
         f"{TABLES}/subset.csv",
         f"{TABLES}/subset.png",
@@ -331,8 +329,6 @@ rule subset:
     resources:
         gpu=1,
     threads: config["threads"]
-    message:
-        "subsets: {wildcards.dataset}"
     shell:
         papermill("10_subset")
 
@@ -341,7 +337,7 @@ rule open_choices:
     """13: each reading the paper leaves open, alone; asked for by `extras`."""
     input:
         of_seeds(f"{RUN}/results-kmex.json"),
-        code=code("13_open_choices", "studies", "kmeans", "composite", "explainers", "attribution"),
+        code=code("13_open_choices"),
     output:
         f"{TABLES}/ledger.csv",
         f"{TABLES}/ledger.png",
@@ -355,8 +351,6 @@ rule open_choices:
     resources:
         gpu=1,
     threads: config["threads"]
-    message:
-        "open choices: {wildcards.dataset}"
     shell:
         papermill("13_open_choices")
 
@@ -364,8 +358,8 @@ rule open_choices:
 rule depth:
     """14: accuracy against start block and K/C; asked for by `extras`."""
     input:
-        of_seeds(f"{RUN}/backbone.safetensors"),
-        code=code("14_depth", "studies", "kmeans", "composite", "explainers"),
+        of_seeds(f"{RUN}/training.json"),
+        code=code("14_depth"),
     output:
         f"{TABLES}/depth.csv",
         f"{TABLES}/depth.png",
@@ -379,8 +373,6 @@ rule depth:
     resources:
         gpu=1,
     threads: config["threads"]
-    message:
-        "depth and K/C: {wildcards.dataset}"
     shell:
         papermill("14_depth")
 
@@ -389,15 +381,13 @@ rule report:
     """15: paper and ours over all data sets; asked for by `extras`."""
     input:
         expand(f"{TABLES}/{{product}}", dataset=DATASETS, product=["table1.csv", "table2.csv", "figure1.png", "figure2.png", "ledger.csv", "depth.csv"]),
-        code=code("15_report", "reproduction", "figures"),
+        code=code("15_report"),
     output:
         f"{FIGURES}/{REPORT}/report.md",
     params:
         given=shlex.quote(json.dumps({"datasets": list(DATASETS), "config": CONFIG, "name": REPORT, "runs": RUNS, "figures_folder": FIGURES})),
     log:
         f"{RUNS}/{REPORT}/notebooks/15_report.ipynb",
-    message:
-        "report"
     shell:
         papermill("15_report")
 
@@ -405,7 +395,7 @@ rule report:
 rule scaling:
     """11: what it costs on this machine, which it wants for itself; asked for by `extras`."""
     input:
-        code=code("11_scaling", "scaling", "kmeans", "composite", "explainers"),
+        code=code("11_scaling"),
     output:
         f"{FIGURES}/scaling/fit.csv",
         f"{FIGURES}/scaling/explain.csv",
@@ -417,8 +407,6 @@ rule scaling:
     resources:
         gpu=1,
     threads: workflow.cores
-    message:
-        "scaling"
     shell:
         papermill("11_scaling")
 
@@ -439,10 +427,8 @@ rule html_of_run:
         pages(RUN, PER_SEED),
     params:
         executed=lambda wildcards, output: [str(Path(page).with_suffix(".ipynb")) for page in output],
-    message:
-        "pages: {wildcards.dataset}, seed {wildcards.seed}"
     shell:
-        "jupyter nbconvert --to html --log-level ERROR {params.executed}"
+        "jupyter nbconvert --to html --log-level ERROR {params.executed:q}"
 
 
 rule html_of_data:
@@ -453,7 +439,5 @@ rule html_of_data:
         pages(DATA, PER_DATASET),
     params:
         executed=lambda wildcards, output: [str(Path(page).with_suffix(".ipynb")) for page in output],
-    message:
-        "pages: {wildcards.dataset}"
     shell:
-        "jupyter nbconvert --to html --log-level ERROR {params.executed}"
+        "jupyter nbconvert --to html --log-level ERROR {params.executed:q}"

@@ -1,33 +1,53 @@
-"""Post-hoc self-explanation of CNNs: the code two notebooks share, or that needs a test.
+"""Post-hoc self-explanation of CNNs, after the paper of that name.
 
-A module, a notebook and a section of the paper share a word:
+    import kmex_utils as kmex
 
-=================  ==========================================================
-``paths``          where everything lies
-``store``          atomic artefacts: safetensors, JSON, CSV
-``parameters``     checks a notebook's parameters cell
-``hardware``       device, precision, seeds
-``datasets``       MNIST, STL-10, CUB-200, the embedded digits, your folder
-``backbones``      blocks, average pool, linear classifier (eq. 1, 2, 6)
-``architectures``  the network to train, by name
-``training``       the KMEx recipe, resumable
-``activations``    block outputs x(b) and embeddings z of a data set
-``networks``       any network by name or module, as blocks; Theorem 1 for each
-``composite``      q(b:) (eq. 7, 8), materialised and as an operator
-``kmeans``         class-wise k-means on either
-``explainers``     h, sim, proj (eq. 3): CNN, KMEx, B4 ... B1234, ProtoPNet
-``protopnet``      the baseline: its network, losses, schedule and push
-``attribution``    eq. 11 and its segment-wise averages
-``measures``       accuracy and cosine alignment (Tables 1 and 2)
-``tables``         the published numbers beside ours
-``runs``           what one training run leaves behind
-``figures``        Figures 1 and 2
-``images``         your own folder: reading, labels, split
-``explained``      what explaining a folder gives: prototypes, maps, panels
-``explorer``       Figure 1 to play with in JupyterLab
-``report``         one HTML file to send
-``export``         maps and tables of a whole folder
-``posthoc``        your own network and images in a few lines; from the shell
-``batch``          runs every notebook over data sets and seeds
-=================  ==========================================================
+    network = kmex.network("resnet50", weights="imagenet")  # or an nn.Module of one's own
+    explained = kmex.explain(network, "photos")
+    explained.panel("photos/cat/IMG_0012.jpg")
+    explained.save("explained")  # and later: kmex.load("explained")
+
+===============  ============================================================================================
+``data``         images in, from the paper's data sets or a folder: one reader, one rule for held-out images
+``networks``     any CNN that ends in average pool and linear head, as blocks x(1) … x(B), y
+``method``       the paper: composite, k-means, explainers, attribution, measures
+``training``     the paper's trainings, resumable: the network, ProtoPNet
+``explanation``  a network explained: prototypes, panels, report, export, explorer
+``paper``        the reproduction: run folders, tables, figures, claims, its batch
+``cli``          ``kmex`` from the shell
+===============  ============================================================================================
+
+Beside them the ground: ``paths``, ``store`` (files, whole or absent), ``hardware``, ``parameters`` (of notebooks) and
+``drawing``.
 """
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .explanation.explained import Explained
+    from .explanation.fit import explain
+    from .networks.network import Network, network
+
+    load = Explained.load
+    __version__: str
+
+__all__ = ["Explained", "Network", "__version__", "explain", "load", "network"]
+
+_MODULES = {
+    "Explained": "explanation.explained",
+    "Network": "networks.network",
+    "explain": "explanation.fit",
+    "network": "networks.network",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, when it is: ``import kmex_utils`` itself takes no time."""
+    if name == "__version__":
+        return metadata.version("kmex-utils")
+    if name == "load":
+        return __getattr__("Explained").load
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

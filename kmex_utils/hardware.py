@@ -1,7 +1,9 @@
-"""Device, precision and seeds, chosen once and recorded."""
+"""Device, precision and threads, chosen once and recorded."""
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,22 +26,21 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-        torch.backends.cudnn.deterministic = True  # same settings, same tables
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on every GPU
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here ({reason}); use auto, cpu, cuda or mps") from None
     return device
 
 
-def float64_device(device: torch.device) -> torch.device:
-    """Where k-means runs: it sums in float64, which Apple's MPS lacks, so the CPU stands in for that."""
-    return torch.device("cpu") if device.type == "mps" else device
+@contextmanager
+def exact() -> Iterator[None]:
+    """Computation that repeats itself: cuDNN deterministic (same settings, same tables), float32 without TF32.
 
-
-def rows_at_once(device: torch.device) -> int:
-    """Rows that k-means and the explainers work on at a time: what stays in a CPU's cache, or keeps a GPU busy."""
-    return 4096 if device.type == "cpu" else 65_536
+    The process's own flags come back afterwards. Also usable as a decorator.
+    """
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=True, allow_tf32=False):
+        yield
 
 
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:

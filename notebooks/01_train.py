@@ -28,16 +28,18 @@
 # %% tags=["parameters"]
 dataset: str = "mnist-mini"  # mnist-mini, mnist, stl10, cub200; with `folder`, any label for your own images
 seed: int = 0  # of initialisation, shuffling and augmentation
-folder: str = ""  # own images: train/<class>/*, test/<class>/*
+folder: str = ""  # own images: <class>/*, or train/<class>/* and test/<class>/*
 classes: str = ""  # comma-separated names or patterns of the classes to keep, e.g. *Sparrow; empty: all
 crop: bool = False  # cub200: cut each image to its bounding box
 images_per_class: int = 0  # keep the first so many of each class in either split; 0: all
 validation: float = 0.0  # to choose settings: this share of the training images stands in for the test split
+held_out: float = 0.2  # share of each class that becomes the test split where a folder has none
 image_size: int = 0  # pixels; 0: the data set's own
 flip: float = -1.0  # probability of a horizontal flip; -1: the data set's own
 padding: int = -1  # pixels around the random crop; -1: the data set's own
-arch: str = "resnet34"  # a ResNet, or any chain of modules, of torchvision; timm/<name> for timm's
-weights: str = ""  # imagenet, scratch, a file (state dict, or another training's backbone); empty: the data set's own
+arch: str = "resnet34"  # any network of torchvision with average pool and linear head; timm/<name> for timm's
+arch_args: dict = {}  # the network's own arguments, e.g. {layers: [2, 2, 2, 3]} for timm/resnet18
+weights: str = ""  # imagenet, scratch, or a file with a state dict, e.g. another training's; empty: the data set's own
 bias: bool = False  # of the classifier; eq. 2 has none
 epochs: int = 0  # 0: the data set's own
 batch_size: int = 0  # 0: the data set's own
@@ -58,26 +60,37 @@ settings = parameters.check(globals())
 # ## Data
 #
 # Images are decoded and resized once. The recipe that comes with a data set holds the paper's settings for it; for
-# `mnist-mini`, which trains from scratch in minutes, the deviations are marked in `kmex_utils/datasets.py`.
+# `mnist-mini`, which trains from scratch in minutes, the deviations are marked in `kmex_utils/training/recipe.py`.
 
 # %%
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
-from kmex_utils import datasets
+from kmex_utils import data as data_sets
+from kmex_utils.training import recipe as recipes
 
-of_data = ("folder", "classes", "crop", "images_per_class", "validation", "image_size", "flip", "padding", "data")
-choice = {name: settings[name] for name in of_data}
-images = datasets.load(dataset, **choice)
-recipe = images.recipe
-held_out = "validation" if validation else "test"
-print(f"{len(images.train):,} training and {len(images.test):,} {held_out} images of {len(images.classes)} classes")
-asdict(recipe)
+recipe = recipes.recipe(dataset)
+paper_input = data_sets.own_input(dataset)
+images = data_sets.load(
+    folder or dataset,
+    replace(paper_input, image_size=image_size or paper_input.image_size),
+    name=dataset,
+    classes=classes,
+    crop=crop,
+    images_per_class=images_per_class,
+    validation=validation,
+    held_out=held_out if folder else 0.0,
+    seed=seed,
+    data=data,
+)
+held_out_as = "validation" if validation else "test"
+print(f"{len(images.train):,} training and {len(images.test):,} {held_out_as} images of {len(images.classes)} classes")
+asdict(images.input) | asdict(recipe)
 
 # %%
-from kmex_utils import figures
+from kmex_utils import drawing
 
 first = [int((images.train.labels == c).nonzero()[0]) for c in range(min(10, len(images.classes)))]
-figures.image_grid([images.train.rgb(i) for i in first], [images.classes[images.train.labels[i]] for i in first])
+drawing.image_grid([images.train.rgb(i) for i in first], [images.classes[images.train.labels[i]] for i in first])
 # %% [markdown]
 # ## Network
 #
@@ -86,13 +99,13 @@ figures.image_grid([images.train.rgb(i) for i in first], [images.classes[images.
 # can be.
 
 # %%
-from kmex_utils import hardware
-from kmex_utils.architectures import build
+from kmex_utils import hardware, networks
 
 device = hardware.pick_device(device)
 threads = hardware.set_threads(threads)
-backbone = build(arch, len(images.classes), weights or recipe.weights, seed, bias)
-blocks = backbone.eval().activations(images.normalise(images.train.pixels[:2]))
+weights = weights or recipe.weights
+network = networks.for_training(arch, images.classes, weights, images.input, arch_args=arch_args, seed=seed, bias=bias)
+blocks = network.activations(images.input(images.train.pixels[:2]))
 {f"B{b}": f"{x.shape[2]} x {x.shape[3]} positions, {x.shape[1]} channels" for b, x in enumerate(blocks, 1)}
 
 # %% [markdown]
@@ -102,12 +115,8 @@ blocks = backbone.eval().activations(images.normalise(images.train.pixels[:2]))
 # was killed continues from there and ends with the same weights.
 
 # %%
-from kmex_utils import paths
-from kmex_utils.runs import Run
-from kmex_utils.store import load_settings
-from kmex_utils.training import Schedule, train
+from kmex_utils.training.sgd import Schedule, train
 
-run = Run.of(runs, dataset, seed)
 schedule = Schedule(
     epochs=epochs or recipe.epochs,
     batch_size=batch_size or recipe.batch_size,
@@ -115,49 +124,51 @@ schedule = Schedule(
     final_learning_rate=recipe.final_learning_rate,
     momentum=recipe.momentum if momentum < 0 else momentum,
 )
-made_by = {
-    "dataset": dataset,
-    "data": choice,
-    "arch": arch,
-    "weights": weights or recipe.weights,
-    "bias": bias,
-    "seed": seed,
-    "threads": threads,
-}
-made_by["classes"] = list(images.classes)
-if made_by["weights"].endswith(".safetensors"):
-    made_by["before"] = load_settings(paths.resolve(made_by["weights"]))
-history = train(
-    backbone,
-    images,
-    schedule,
-    seed=seed,
-    checkpoint=run.training_state,
-    made_by=made_by,
-    precision=precision,
-    device=device,
-)
+augmentation = {"flip": recipe.flip if flip == -1 else flip, "padding": recipe.padding if padding == -1 else padding}
+
+# %% [markdown]
+# Everything that fixes the result, as resolved; where the weights are of another training, its settings too.
 
 # %%
+from kmex_utils import paths
+from kmex_utils.paper.runs import Run
+from kmex_utils.store import load_json
+
+made_by = {name: settings[name] for name in ("dataset", "arch", "arch_args", "bias", "seed")}
+made_by |= {"data": images.settings, "classes": list(images.classes), "weights": weights, "threads": threads}
+made_by |= augmentation
+earlier = paths.resolve(weights).with_name("training.json")
+if earlier.is_file():
+    made_by["before"] = load_json(earlier)
+
+# %%
+run = Run.of(runs, dataset, seed)
+options = {"seed": seed, "checkpoint": run.training_state, "precision": precision, "device": device}
+history = train(network, images, schedule, **augmentation, made_by=made_by, **options)
+
+# %%
+from kmex_utils.paper import figures
+
 figures.training_curve(history)
+
 # %% [markdown]
 # ## Embeddings and accuracy
 #
 # One pass over the training images, without augmentation, and one over the test images, in float32.
 
 # %%
-from kmex_utils.activations import embed
-from kmex_utils.measures import accuracy
+from kmex_utils.explanation.activations import embed
+from kmex_utils.method.measures import accuracy
 
-z = {split: embed(backbone, images, split, device=device) for split in ("train", "test")}
+z = {split: embed(network, images, split, device=device) for split in ("train", "test")}
 labels = {split: images.split(split).labels for split in z}
-y = {split: backbone.cpu().classifier(z[split]) for split in z}
+y = {split: network.cpu().classifier(z[split]) for split in z}
 reached = {split: accuracy(y[split].argmax(1), labels[split]) for split in z}
-{held_out if split == "test" else split: f"{value:.2f} %" for split, value in reached.items()}
+{held_out_as if split == "test" else split: f"{value:.2f} %" for split, value in reached.items()}
 
 # %%
 trained = {"schedule": asdict(schedule), "precision": precision, "history": history, "machine": hardware.machine()}
-run.save_backbone(backbone, {**made_by, **trained})
+run.save_training(network, images, {**made_by, **trained, "prototypes_per_class": recipe.prototypes_per_class})
 run.save_embeddings(**{split: (z[split], labels[split]) for split in z})
 run.save_results(
     "train", [("CNN", "accuracy", split, value) for split, value in reached.items()], **trained["schedule"]

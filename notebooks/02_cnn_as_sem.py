@@ -41,12 +41,12 @@ settings = parameters.check(globals())
 
 # %%
 from kmex_utils import hardware
-from kmex_utils.runs import Run
+from kmex_utils.paper.runs import Run
 
 run = Run.of(runs, dataset, seed)
 device = hardware.pick_device(device)
-backbone = run.backbone().to(device)
-images = run.load_dataset()
+network = run.network().to(device)
+images = run.dataset()
 
 # %% [markdown]
 # ## Theorem 1, checked
@@ -56,13 +56,13 @@ images = run.load_dataset()
 # %%
 import torch
 
-from kmex_utils.explainers import CNNAsSEM
+from kmex_utils.method.explainers import CNNAsSEM
 
-sem = CNNAsSEM(backbone.c, backbone.b)
+sem = CNNAsSEM(network.c, network.b)
 x, labels = next(images.batches("test", 256, device))
 with torch.no_grad():
-    h = backbone.activations(x)
-    left, right = backbone(x), sem(h)
+    h = network.activations(x)
+    left, right = network(x), sem(h)
 residual = ((left - right).abs().max() / left.abs().max()).item()
 print(f"largest difference, relative to the largest score: {residual:.1e}")
 assert residual < 1e-5
@@ -74,23 +74,25 @@ assert residual < 1e-5
 # %%
 import matplotlib.pyplot as plt
 
-from kmex_utils.figures import palette
+from kmex_utils.drawing import STYLE, palette
+
+plt.style.use(STYLE)
 
 if not 0 <= image < len(images.test):
     raise ValueError(f"image must be an index of the {len(images.test)} test images, got {image}")
 with torch.no_grad():
-    h = backbone.activations(images.normalise(images.test.pixels[[image]], device))
+    h = network.activations(images.input(images.test.pixels[[image]], device))
     shares = sem.sim(sem.h(h))[0].T.unflatten(1, h[-1].shape[2:]).cpu() / h[-1][0, 0].numel()
 order = shares.sum((1, 2)).argsort(descending=True)[:5].tolist()
 limit = shares[order].abs().max()
 figure, axes = plt.subplots(1, len(order) + 1, figsize=(1.7 * (len(order) + 1), 2.1))
 axes[0].imshow(images.test.rgb(image))
 axes[0].set_title(f"is {images.classes[images.test.labels[image]]}")
-for side, j in zip(axes[1:], order, strict=True):
-    shown = side.imshow(shares[j], cmap="RdBu_r", vmin=-limit, vmax=limit)
-    side.set_title(f"{images.classes[j]}: {shares[j].sum():+.1f}")
-for side in axes:
-    side.set_axis_off()
+for panel, j in zip(axes[1:], order, strict=True):
+    shown = panel.imshow(shares[j], cmap="RdBu_r", vmin=-limit, vmax=limit)
+    panel.set_title(f"{images.classes[j]}: {shares[j].sum():+.1f}")
+for panel in axes:
+    panel.set_axis_off()
 figure.colorbar(shown, ax=axes, shrink=0.7, label="$h_r \\cdot c_j / R$")
 plt.show()
 
@@ -105,12 +107,12 @@ import pandas as pd
 import torch.nn.functional as F
 
 z, labels = run.embeddings("train")
-c = backbone.c.cpu()
+c = network.c.cpu()
 cosine = F.normalize(z, dim=1) @ F.normalize(c, dim=1).T
 rows = []
 for j, name in enumerate(images.classes):
-    own = labels == j
-    rows.append((name, cosine[own, j].mean(), cosine[~own, j].mean(), c[j].norm(), z[own].norm(dim=1).mean()))
+    inside = labels == j
+    rows.append((name, cosine[inside, j].mean(), cosine[~inside, j].mean(), c[j].norm(), z[inside].norm(dim=1).mean()))
 columns = ["class", "cos with class", "cos with others", "‖c_j‖", "mean ‖z‖"]
 pd.DataFrame(rows, columns=columns).set_index("class").astype(float).round(2)
 
@@ -119,14 +121,14 @@ between = F.normalize(c, dim=1) @ F.normalize(c, dim=1).T
 off_diagonal = between[~torch.eye(len(c), dtype=bool)]
 low, mean, high = off_diagonal.min(), off_diagonal.mean(), off_diagonal.max()
 print(f"cosine between two columns: mean {mean:+.2f}, from {low:+.2f} to {high:+.2f}")
-figure, side = plt.subplots(figsize=(6, 2.2))
-mine = cosine[torch.arange(len(z)), labels]
-side.hist(mine, 60, density=True, alpha=0.8, color=palette(2)[0], label="own class")
+figure, axes = plt.subplots(figsize=(6, 2.2))
+own = cosine[torch.arange(len(z)), labels]
+axes.hist(own, 60, density=True, alpha=0.8, color=palette(2)[0], label="own class")
 others = cosine[torch.arange(len(z)), (labels + 1) % len(c)]
-side.hist(others, 60, density=True, alpha=0.8, color=palette(2)[1], label="another class")
-side.set_xlabel("cosine of an embedding with a column $c_j$")
-side.set_yticks([])
-side.legend()
+axes.hist(others, 60, density=True, alpha=0.8, color=palette(2)[1], label="another class")
+axes.set_xlabel("cosine of an embedding with a column $c_j$")
+axes.set_yticks([])
+axes.legend()
 plt.show()
 
 # %% [markdown]

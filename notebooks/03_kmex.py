@@ -36,12 +36,12 @@ from kmex_utils import parameters
 settings = parameters.check(globals())
 
 # %%
-from kmex_utils.runs import Run
+from kmex_utils.paper.runs import Run
 
 run = Run.of(runs, dataset, seed)
-images = run.load_dataset()
+images, explained = run.dataset(), run.explained()
 z, labels = run.embeddings("train")
-choices = sorted(set(prototypes_per_class or [1, 5, images.recipe.prototypes_per_class]))
+choices = sorted(set(prototypes_per_class or [1, 5, run.settings()["prototypes_per_class"]]))
 print(f"{len(z):,} embeddings of {z.shape[1]} dimensions; K/C = {choices}")
 
 # %% [markdown]
@@ -51,24 +51,15 @@ print(f"{len(z):,} embeddings of {z.shape[1]} dimensions; K/C = {choices}")
 # before anything is computed.
 
 # %%
-from kmex_utils.explainers import KMEx
-from kmex_utils.kmeans import DenseRows, check_enough, classwise
+from kmex_utils.explanation.passed import fit_kmex
+from kmex_utils.method.prototypes import check_enough
 
 members = [(labels == c).nonzero().flatten() for c in range(len(images.classes))]
-check_enough(members, images.classes, max(choices), lambda index: DenseRows(z[index]))
-explainers = {}
-for k in choices:
-    prototypes = classwise(
-        lambda index: DenseRows(z[index]),
-        labels,
-        images.classes,
-        k,
-        seed=seed,
-        restarts=restarts,
-        progress=f"K/C = {k}",
-    )
-    run.save_prototypes(f"KMEx-{k}", prototypes, {"per_class": k, "restarts": restarts, "seed": seed})
-    explainers[k] = KMEx(prototypes, len(images.classes))
+check_enough(members, images.classes, max(choices), lambda index: index)
+how = {"seed": seed, "restarts": restarts}
+names = [explained.add_kmex(fit_kmex(z, labels, images.classes, k, **how), **how) for k in choices]
+explained.save(run.folder, only=names)
+explained
 
 # %% [markdown]
 # ## Accuracy
@@ -78,10 +69,11 @@ for k in choices:
 # %%
 import pandas as pd
 
-from kmex_utils.measures import accuracy
+from kmex_utils.method.measures import accuracy
 
 results = [(r["model"], r["metric"], r["split"], r["value"]) for r in run.results("train", "01_train")]
-for k, kmex in explainers.items():
+for k in choices:
+    kmex = explained.kmex[k]
     for split in ("train", "test"):
         embeddings, truth = run.embeddings(split)
         predicted = kmex.proj(kmex.sim(embeddings)).argmax(1)
@@ -97,10 +89,10 @@ table.pivot(index="model", columns="split", values="%")[["train", "test"]].round
 # the share of its class that it represents.
 
 # %%
-from kmex_utils.figures import image_grid
+from kmex_utils.drawing import image_grid
 
 shown = max(k for k in choices if k <= 10) if min(choices) <= 10 else min(choices)
-p = explainers[shown].prototypes
+p = explained.kmex[shown].prototypes
 some = [k for k in range(len(p)) if p.labels[k] < 10]
 share = p.sizes / p.sizes.view(-1, shown).sum(1).repeat_interleave(shown)
 image_grid(

@@ -37,7 +37,7 @@ scale: str = "1/D"  # the factor beside it: 1/D, 1/sqrt(D) or 1
 align_corners: bool = False  # of the bilinear interpolation of eq. 7
 grid: str = "shallowest"  # R' of eq. 7: that of the shallowest or deepest block, or double the shallowest's
 restarts: int = 10  # of k-means; the best is kept
-activations_in: str = "memory"  # memory, disk, disk-half (float16) or nowhere (computed anew at each pass)
+store: str = "memory"  # of activations: memory, disk, disk-half (float16) or nowhere (computed anew at each pass)
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
 threads: int = 0  # CPU threads; 0: as the environment says
 runs: str = "runs"  # where 01_train left its results
@@ -49,16 +49,17 @@ settings = parameters.check(globals())
 
 # %%
 from kmex_utils import hardware
-from kmex_utils.composite import Normalisation
-from kmex_utils.explainers import block_name
-from kmex_utils.runs import Run
+from kmex_utils.method.composite import Normalisation
+from kmex_utils.method.explainers import block_name
+from kmex_utils.paper.runs import Run
 
 run = Run.of(runs, dataset, seed)
 names = {b: block_name(b) for b in sorted(start_blocks, reverse=True)}
 normalisation = Normalisation(norm, scale, align_corners, grid)
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
-backbone, images = run.backbone(), run.load_dataset()
-per_class = prototypes_per_class or images.recipe.prototypes_per_class
+images = run.dataset()
+explained = run.explained(images)
+prototypes_per_class = prototypes_per_class or run.settings()["prototypes_per_class"]
 
 # %% [markdown]
 # ## Activations
@@ -69,34 +70,27 @@ per_class = prototypes_per_class or images.recipe.prototypes_per_class
 # %%
 import torch
 
-from kmex_utils.activations import keep
+from kmex_utils.explanation.passed import Passed
 
-options = {"where": activations_in, "folder": run.folder / "activations", "device": device}
-x = {split: keep(backbone, images, split, min(names), **options) for split in ("train", "test")}
-labels = {split: images.split(split).labels for split in x}
-first = x["train"].read(torch.tensor([0]), min(names))
+folder = run.folder / "activations"
+passed = Passed.of(explained.network, images, min(names), store=store, folder=folder, device=device)
+first = passed.x["train"].read(torch.tensor([0]), min(names))
 {f"B{b}": f"{u.shape[2]} x {u.shape[3]} positions, {u.shape[1]} channels" for b, u in enumerate(first, min(names))}
 
 # %% [markdown]
 # ## Clustering
+#
+# The prototypes are saved with the training patches nearest to each, so that they explain any image from now on.
 
 # %%
-from functools import partial
-
-from kmex_utils.explainers import EncoderKMeans
-from kmex_utils.kmeans import classwise
-
-made_by = {"per_class": per_class, "norm": norm, "scale": scale, "align_corners": align_corners, "grid": grid}
-made_by |= {"restarts": restarts, "activations_in": activations_in}
-where = {"device": hardware.float64_device(device), "keep": activations_in == "memory"}
-explainers = {}
+how = {"seed": seed, "restarts": restarts}
+maps = {}
 for b, name in names.items():
-    rows_of = partial(x["train"].rows, start_block=b, normalisation=normalisation, **where)
-    prototypes = classwise(
-        rows_of, labels["train"], images.classes, per_class, seed=seed, restarts=restarts, progress=name
-    )
-    run.save_prototypes(name, prototypes, {**made_by, "start_block": b, "seed": seed})
-    explainers[b] = EncoderKMeans(prototypes, len(images.classes), b, normalisation)
+    explainer = passed.fit_encoder(b, normalisation, prototypes_per_class, **how)
+    maps[b, "train"] = passed.map(explainer, "train")
+    explained.add_encoder(explainer, passed, maps[b, "train"], **how)
+    explained.save(run.folder, only=[name])
+explained
 
 # %% [markdown]
 # ## Accuracy
@@ -107,17 +101,18 @@ for b, name in names.items():
 # %%
 import shutil
 
-from kmex_utils.measures import accuracy
+from kmex_utils.explanation.passed import accuracies
 
-results, maps = [], {}
-for b, explainer in explainers.items():
-    for split, truth in labels.items():
-        rows = x[split].rows(torch.arange(len(truth)), b, normalisation, device=where["device"], keep=False)
-        q_s = maps[b, split] = explainer.sim(rows).cpu()
-        results.append((names[b], "accuracy", split, accuracy(explainer.proj(q_s).argmax(1), truth)))
-        results.append((names[b], "accuracy_most_frequent", split, accuracy(explainer.most_frequent(q_s), truth)))
-run.save_results("encoder", results, **made_by, start_blocks=list(names))
-shutil.rmtree(run.folder / "activations", ignore_errors=True)
+results = []
+for b, name in names.items():
+    maps[b, "test"] = passed.map(explained.explainers[b], "test")
+    for split, labels in passed.labels.items():
+        of_split = accuracies(explained.explainers[b], maps[b, split], labels, split)
+        results += [(name, *numbers) for numbers in of_split]
+made_by = {"norm": norm, "scale": scale, "align_corners": align_corners, "grid": grid, "store": store}
+made_by |= {"prototypes_per_class": prototypes_per_class, "restarts": restarts, "start_blocks": list(names)}
+run.save_results("encoder", results, **made_by)
+shutil.rmtree(folder, ignore_errors=True)
 
 # %%
 import pandas as pd
@@ -134,19 +129,22 @@ table.pivot(index="model", columns=["metric", "split"], values="%").reindex(["CN
 # %%
 import matplotlib.pyplot as plt
 
-from kmex_utils.figures import palette
+from kmex_utils.drawing import STYLE, palette, short
 
-some = [int((labels["test"] == c).nonzero()[0]) for c in range(len(images.classes)) if (labels["test"] == c).any()][:10]
+plt.style.use(STYLE)
+labels = passed.labels["test"]
+shown = [int((labels == c).nonzero()[0]) for c in labels.unique().tolist()][:10]
 colours = torch.tensor(palette(len(images.classes)))
-figure, axes = plt.subplots(1 + len(names), len(some), figsize=(len(some), 1.1 * (1 + len(names))), squeeze=False)
-for column, i in enumerate(some):
+size = (len(shown), 1.1 * (1 + len(names)))
+figure, axes = plt.subplots(1 + len(names), len(shown), figsize=size, squeeze=False)
+for column, i in enumerate(shown):
     axes[0, column].imshow(images.test.rgb(i))
-    axes[0, column].set_title(images.classes[labels["test"][i]][:10].replace("_", " "), fontsize=8)
+    axes[0, column].set_title(short(images.classes[labels[i]], 10), fontsize=8)
     for row, b in enumerate(names, 1):
-        axes[row, column].imshow(colours[explainers[b].prototypes.labels[maps[b, "test"][i]]])
+        axes[row, column].imshow(colours[explained.explainers[b].prototypes.labels[maps[b, "test"][i]]])
 for row, name in enumerate(["image", *names.values()]):
     axes[row, 0].set_ylabel(name)
-for side in axes.flat:
-    side.set(xticks=[], yticks=[])
-    side.spines[:].set_visible(False)
+for panel in axes.flat:
+    panel.set(xticks=[], yticks=[])
+    panel.spines[:].set_visible(False)
 plt.show()

@@ -32,8 +32,8 @@
 
 # %% tags=["parameters"]
 dataset: str = "mnist-mini"  # as in 01_train
-seed: int = 0  # of the training whose data and backbone are used, of initialisation, shuffling and k-means
-features_from: str = ""  # imagenet, as the authors, or backbone: that of 01_train; empty: as 01_train's backbone began
+seed: int = 0  # of the training whose data and network are used, of initialisation, shuffling and k-means
+features_from: str = ""  # imagenet, as the authors, or network: that of 01_train; empty: as 01_train's network began
 prototypes_per_class: int = 0  # K/C; 0: the data set's own
 prototype_depth: int = 128  # D', channels of the add-on and of a prototype
 prototype_size: int = 1  # s: a prototype covers s x s positions
@@ -73,13 +73,12 @@ from kmex_utils import parameters
 settings = parameters.check(globals())
 
 # %%
-from dataclasses import asdict, replace
-
-from kmex_utils import hardware, protopnet
-from kmex_utils.runs import Run
+from kmex_utils import hardware
+from kmex_utils.paper.runs import Run
+from kmex_utils.training import protopnet
 
 run = Run.of(runs, dataset, seed)
-trained, images = run.settings(), run.load_dataset()
+trained, images = run.settings(), run.dataset()
 if embedding not in ("image", "patch"):
     raise ValueError(f"embedding must be 'image' or 'patch', got {embedding!r}")
 if restarts < 1:
@@ -89,30 +88,42 @@ if box not in protopnet.BOXES:
 if not 0 <= image < len(images.test):
     raise ValueError(f"image must be an index of the {len(images.test)} test images, got {image}")
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
-own = ("warm_epochs", "joint_epochs", "batch_size", "frozen_features")  # empty or 0: the data set's own
-chosen = {name: settings[name] for name in asdict(protopnet.Options()) if name in settings}
-chosen = {name: value for name, value in chosen.items() if name not in own or value}
+
+# %% [markdown]
+# ## Options
+#
+# The authors' numbers, but for those that the data set or a parameter above changes. `mnist-mini` has one joint epoch,
+# so that it trains in seconds.
+
+# %%
+from dataclasses import asdict, replace
+
+defaults = asdict(protopnet.Options())
+chosen = {name: settings[name] for name in defaults if name in settings}
+for name in ("warm_epochs", "joint_epochs", "batch_size", "frozen_features"):  # empty or 0: the data set's own
+    if not chosen[name]:
+        del chosen[name]
 chosen |= {"depth": prototype_depth, "size": prototype_size}
 options = replace(protopnet.OPTIONS.get(dataset, protopnet.Options()), **chosen)
-per_class = prototypes_per_class or images.recipe.prototypes_per_class
-deviations = {name: value for name, value in asdict(options).items() if value != asdict(protopnet.Options())[name]}
-print(f"K/C = {per_class}; other than the authors' defaults: {deviations or 'nothing'}")
+prototypes_per_class = prototypes_per_class or trained["prototypes_per_class"]
+deviations = {name: value for name, value in asdict(options).items() if value != defaults[name]}
+print(f"K/C = {prototypes_per_class}; other than the authors' defaults: {deviations or 'nothing'}")
 
 # %% [markdown]
 # ## Network
 #
 # The authors start from ImageNet weights. Where 01_train did not have them, the features start from its trained
-# backbone instead, a deviation: they know the data set already.
+# network instead, a deviation: they know the data set already.
 
 # %%
-from kmex_utils.kmeans import DenseRows, check_enough, classwise
+from kmex_utils.method.prototypes import check_enough
 
 labels = {split: images.split(split).labels for split in ("train", "test")}
 members = [(labels["train"] == c).nonzero().flatten() for c in range(len(images.classes))]
-check_enough(members, images.classes, per_class, lambda index: index)  # for KMEx on the embedding, before training
-features_from = features_from or ("imagenet" if trained["weights"] == "imagenet" else "backbone")
-network = protopnet.start(run, features_from, per_class, options, seed)
-grid = network.to(device).eval().features(images.normalise(images.train.pixels[:1], device)).shape[2:]
+check_enough(members, images.classes, prototypes_per_class, lambda index: index)  # KMEx below, before the training
+features_from = features_from or ("imagenet" if trained["weights"] == "imagenet" else "network")
+network = protopnet.start(run, features_from, prototypes_per_class, options, seed)
+grid = network.to(device).eval().features(images.input(images.train.pixels[:1], device)).shape[2:]
 print(f"features from {features_from}; {len(network.labels)} prototypes on a grid of {grid[0]} x {grid[1]} positions")
 if grid.numel() == 1:
     print("With one position a prototype is a whole image, and the maps below are constant: use a larger image_size")
@@ -123,17 +134,20 @@ if grid.numel() == 1:
 # The state is kept on the way: a run that was killed continues from there and ends with the same weights.
 
 # %%
-made_by = {name: trained[name] for name in ("dataset", "data", "arch", "backbone", "seed", "classes")}
-made_by |= {"features_from": features_from, "per_class": per_class, "threads": threads}
+made_by = {name: trained[name] for name in ("dataset", "data", "arch", "arch_args", "network", "seed", "classes")}
+made_by |= {"features_from": features_from, "prototypes_per_class": prototypes_per_class, "threads": threads}
 checkpoint = run.folder / "training-protopnet.safetensors"
-history = protopnet.train(
-    network, images, options, seed=seed, checkpoint=checkpoint, made_by=made_by, precision=precision, device=device
-)
+how = {"flip": trained["flip"], "padding": trained["padding"], "precision": precision, "device": device}
+history = protopnet.train(network, images, options, seed=seed, checkpoint=checkpoint, made_by=made_by, **how)
 
 # %%
-from kmex_utils import figures
+from kmex_utils.paper import figures
 
 figures.protopnet_curve(history)
+
+# %% [markdown]
+# What to see: the cluster cost falls in the warm-up, when prototypes move towards patches of their class. It is higher
+# in the joint phase, which trains the features and so moves the patches. After the push each prototype is a patch.
 
 # %% [markdown]
 # ## Accuracy
@@ -142,25 +156,28 @@ figures.protopnet_curve(history)
 # the KMEx paper).
 
 # %%
-import pandas as pd
-
-from kmex_utils.explainers import KMEx
-from kmex_utils.measures import accuracy, cosine_alignment
+from kmex_utils.explanation.passed import fit_kmex
+from kmex_utils.method.measures import accuracy
 
 predicted, h = {}, {}
 for split in labels:
-    predicted[split], h[split] = protopnet.evaluate(network, images, split, device)
+    predicted[split], h[split] = protopnet.evaluate(network, images, split)
 z = {split: h[split].mean(1) for split in h}
-centroids = classwise(
-    lambda index: DenseRows(z["train"][index]), labels["train"], images.classes, per_class, seed=seed, restarts=restarts
-)
-kmex = KMEx(centroids, len(images.classes))
+kmex = fit_kmex(z["train"], labels["train"], images.classes, prototypes_per_class, seed=seed, restarts=restarts)
 results = [("ProtoPNet", "accuracy", split, accuracy(predicted[split], labels[split])) for split in labels]
 for split in labels:
     y = kmex.proj(kmex.sim(z[split]))
     results.append(("ProtoPNet + KMEx", "accuracy", split, accuracy(y.argmax(1), labels[split])))
+
+# %%
+import pandas as pd
+
 table = pd.DataFrame(results, columns=["model", "metric", "split", "%"])
 table.pivot(index="model", columns="split", values="%")[["train", "test"]].round(2)
+
+# %% [markdown]
+# If both rows are close, the learned embedding does the work and the learned prototypes add little to it. Notebook 7
+# sets them beside the CNN, KMEx and the encoder.
 
 # %% [markdown]
 # ## Alignment
@@ -169,34 +186,45 @@ table.pivot(index="model", columns="split", values="%")[["train", "test"]].round
 # negative: a high value by itself says little about a prototype; its distance to the *out* value says more.
 
 # %%
+from kmex_utils.method.measures import cosine_alignment
+
 network.cpu()
-p, p_labels = network.prototypes.detach().flatten(1), network.labels
+p, p_labels = network.prototypes.flatten(1), network.labels
 spaces = {"image": (z["train"], labels["train"])}
 spaces["patch"] = h["train"].flatten(0, 1), labels["train"].repeat_interleave(h["train"].shape[1])
 cosines = []
 for space, (vectors, truth) in spaces.items():
     for pairs, suffix in (("all", ""), ("nearest", "_nearest")):
         values = cosine_alignment(vectors, truth, p, p_labels, pairs)
+        of_space = "" if space == embedding else f"_{space}"
         for name, value in zip(("cos_class", "cos_out"), values, strict=True):
-            suffix_of_space = "" if space == embedding else f"_{space}"
-            cosines.append(("ProtoPNet", name + suffix + suffix_of_space, "train", value))
+            cosines.append(("ProtoPNet", name + suffix + of_space, "train", value))
 pd.DataFrame(cosines, columns=["model", "measure", "split", "cosine"]).set_index("measure")[["cosine"]].round(2)
+
+# %% [markdown]
+# `cos_class` minus `cos_out` tells classes apart. `_nearest` takes for each embedding only the nearest prototype;
+# `_patch` compares with single patches, of which many show no part that the prototype stands for.
 
 # %% [markdown]
 # ## The prototypes, seen
 #
 # The training image of each prototype, faded outside its patch; the network sees the patch's surroundings too.
-# Prototypes of one class may have been pushed to the same patch; the number of distinct ones tells.
 
 # %%
-some = [k for k in range(len(p_labels)) if p_labels[k] < 10]
-distinct = [r["distinct"] for r in history if r["phase"] == "push"][-1]
+from kmex_utils import drawing
+
+distinct = [record["distinct"] for record in history if record["phase"] == "push"][-1]
 print(f"{distinct} distinct patches for {len(p_labels)} prototypes")
-figures.image_grid(
-    [protopnet.faded(*protopnet.prototype_source(network, images, k, box)[1:]) for k in some],
-    [images.classes[p_labels[k]] for k in some],
-    columns=per_class if per_class > 5 else 2 * per_class,
+shown = [k for k in range(len(p_labels)) if p_labels[k] < 10]
+drawing.image_grid(
+    [protopnet.faded(*protopnet.prototype_source(network, images, k, box)[1:]) for k in shown],
+    [images.classes[p_labels[k]] for k in shown],
+    columns=prototypes_per_class if prototypes_per_class > 5 else 2 * prototypes_per_class,
 )
+
+# %% [markdown]
+# Prototypes of one class may have been pushed to the same patch: then the number of distinct ones is below that of
+# prototypes. Some patches of the digits are empty: the network looks at where a stroke is not.
 
 # %% [markdown]
 # ## This looks like that
@@ -205,21 +233,31 @@ figures.image_grid(
 # predicted class; the points of all prototypes sum to its score.
 
 # %%
-j, found = protopnet.most_activated(network, images, images.test.pixels[image], box=box)
+j, activated = protopnet.most_activated(network, images, images.test.pixels[image], box=box)
 truth = images.classes[labels["test"][image]].replace("_", " ")
-figures.most_activated(images.test.rgb(image), images.classes[j], found, f"{dataset}, test image {image} ({truth})")
+figures.most_activated(images.test.rgb(image), images.classes[j], activated, f"{dataset}, test image {image} ({truth})")
+
+# %% [markdown]
+# The first rows should be of the predicted class, with positive points. Prototypes of another class come with a
+# negative weight: what they recognise counts against the prediction.
+
+# %% [markdown]
+# ## What is kept
+#
+# The network, its embeddings, the centroids on them, and the numbers for Tables 1 and 2.
 
 # %%
-seconds = {phase: 0.0 for phase in ("warm", "joint", "push", "last")}
-for record in history:
-    seconds[record["phase"]] += record["seconds"]
 memory = hardware.peak_memory()
 trained_as = {**made_by, "precision": precision, "history": history, "embedding": embedding, "restarts": restarts}
 trained_as |= {"machine": hardware.machine(), "peak_memory_gib": memory}
-protopnet.save(run, network, options, per_class, trained_as)
+protopnet.save(run, network, options, trained_as)
 run.save_embeddings("ProtoPNet-embeddings", **{split: (z[split], labels[split]) for split in z})
-run.save_prototypes("ProtoPNet-KMEx", centroids, {"per_class": per_class, "restarts": restarts, "seed": seed})
-chosen = {"features_from": features_from, "per_class": per_class, "embedding": embedding, "restarts": restarts}
-run.save_results("protopnet", results + cosines, **asdict(options), **chosen)
+fitted = {"prototypes_per_class": prototypes_per_class, "restarts": restarts}
+run.save_part("ProtoPNet-KMEx", vars(kmex.prototypes), {**fitted, "seed": seed})
+made_with = {"features_from": features_from, **fitted, "embedding": embedding}
+run.save_results("protopnet", results + cosines, **asdict(options), **made_with)
 checkpoint.unlink(missing_ok=True)
+
+# %%
+seconds = pd.DataFrame(history).groupby("phase", sort=False).seconds.sum()
 print(", ".join(f"{phase} {spent:.1f} s" for phase, spent in seconds.items()), f"; at most {memory:.1f} GiB")

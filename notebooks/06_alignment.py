@@ -41,7 +41,7 @@ from kmex_utils import parameters
 settings = parameters.check(globals())
 
 # %%
-from kmex_utils.runs import Run, trained_seeds
+from kmex_utils.paper.runs import Run, trained_seeds
 
 seeds = seeds or trained_seeds(runs, dataset)
 all_runs = [Run.of(runs, dataset, seed) for seed in seeds]
@@ -59,15 +59,16 @@ print(f"seeds {seeds}")
 import torch
 import torch.nn.functional as F
 
-from kmex_utils.measures import cosine_alignment
+from kmex_utils.method.measures import cosine_alignment
 
 records = []
 for run in all_runs:
     z, labels = run.embeddings("train")
-    c = run.c()
+    explained = run.explained(needs={"KMEx-1": "03_kmex", "KMEx-5": "03_kmex"})
+    c = explained.network.c
     prototypes = {"CNN": (c, torch.arange(len(c)))}
     for k in (1, 5):
-        p, _ = run.prototypes(f"KMEx-{k}", "03_kmex")
+        p = explained.kmex[k].prototypes
         prototypes[f"KMEx (K/C={k})"] = p.vectors, p.labels
     for model, (vectors, classes) in prototypes.items():
         for pairs, suffix in (("all", ""), ("nearest", "_nearest")):
@@ -88,11 +89,12 @@ for run in all_runs:
 # %%
 from IPython.display import Markdown
 
-from kmex_utils import paths, tables
+from kmex_utils import paths
+from kmex_utils.paper import published
 
-table = tables.tidy(records, tables.TABLE1)
+table = published.tidy(records, published.TABLE1)
 path = paths.resolve(figures_folder) / dataset / "table1.csv"
-tables.save(table, path, digits=2, note=tables.note(all_runs[0].settings()), records=records)
+published.save(table, path, digits=2, note=published.note(all_runs[0].settings()), records=records)
 Markdown(path.with_suffix(".md").read_text())
 
 # %% [markdown]
@@ -105,12 +107,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from kmex_utils.figures import palette
+from kmex_utils.drawing import STYLE, palette
+
+plt.style.use(STYLE)
 
 main = pd.DataFrame(records).query("metric in ['cos_class', 'cos_out']")
-figure, side = plt.subplots(figsize=(5.2, 2.4))
-sns.stripplot(main, x="value", y="model", hue="metric", palette=palette(2), size=7, jitter=False, ax=side)
-side.axvline(0, color="0.7", linewidth=0.8, zorder=0)
-side.set(xlabel="mean cosine, one mark per seed", ylabel="")
-side.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+figure, axes = plt.subplots(figsize=(5.2, 2.4))
+sns.stripplot(main, x="value", y="model", hue="metric", palette=palette(2), size=7, jitter=False, ax=axes)
+axes.axvline(0, color="0.7", linewidth=0.8, zorder=0)
+axes.set(xlabel="mean cosine, one mark per seed", ylabel="")
+axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()

@@ -33,7 +33,7 @@ from kmex_utils import parameters
 settings = parameters.check(globals())
 
 # %%
-from kmex_utils.runs import Run, trained_seeds
+from kmex_utils.paper.runs import Run, trained_seeds
 
 seeds = seeds or trained_seeds(runs, dataset)
 all_runs = [Run.of(runs, dataset, seed) for seed in seeds]
@@ -55,11 +55,12 @@ print(f"seeds {seeds}, {len(records)} results")
 # %%
 from IPython.display import Markdown
 
-from kmex_utils import paths, tables
+from kmex_utils import paths
+from kmex_utils.paper import published
 
-table = tables.tidy(records, tables.TABLE2)
+table = published.tidy(records, published.TABLE2)
 path = paths.resolve(figures_folder) / dataset / "table2.csv"
-tables.save(table, path, digits=1, note=tables.note(all_runs[0].settings()), records=records)
+published.save(table, path, digits=1, note=published.note(all_runs[0].settings()), records=records)
 Markdown(path.with_suffix(".md").read_text())
 
 # %% [markdown]
@@ -72,11 +73,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from kmex_utils.figures import palette
+from kmex_utils.drawing import STYLE, palette
+
+plt.style.use(STYLE)
 
 main = pd.DataFrame(records).query("metric == 'accuracy'")
-figure, side = plt.subplots(figsize=(5.6, 2.6))
-sns.stripplot(main, x="value", y="model", hue="split", palette=palette(2), size=6, jitter=False, dodge=True, ax=side)
-side.set(xlabel="accuracy (%), one mark per seed", ylabel="")
-side.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+figure, axes = plt.subplots(figsize=(5.6, 2.6))
+sns.stripplot(main, x="value", y="model", hue="split", palette=palette(2), size=6, jitter=False, dodge=True, ax=axes)
+axes.set(xlabel="accuracy (%), one mark per seed", ylabel="")
+axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()

@@ -39,19 +39,21 @@ from kmex_utils import parameters
 settings = parameters.check(globals())
 
 # %%
-from kmex_utils.runs import Run
+from kmex_utils.paper.runs import Run
 
 run = Run.of(runs, dataset, seed)
 trained = run.settings()
 if model not in ("CNN", "ProtoPNet"):
     raise ValueError(f"model must be CNN or ProtoPNet, got {model!r}")
-k = prototypes_per_class or run.recipe().prototypes_per_class
+k = prototypes_per_class or trained["prototypes_per_class"]
 if model == "CNN":
-    kmex, _ = run.prototypes(f"KMEx-{k}", "03_kmex")
+    explained = run.explained(needs={f"KMEx-{k}": "03_kmex"})
+    kmex = explained.kmex[k].prototypes
+    vectors, vector_labels = kmex.vectors, kmex.labels
     source = "embeddings", "01_train"
 else:
-    kmex, made_by = run.prototypes("ProtoPNet-KMEx", "05_protopnet")
-    k = made_by["per_class"]
+    centroids, made_by = run.part("ProtoPNet-KMEx", "05_protopnet")
+    k, vectors, vector_labels = made_by["prototypes_per_class"], centroids["vectors"], centroids["labels"]
     source = "ProtoPNet-embeddings", "05_protopnet"
 z, labels = run.embeddings("train", *source)
 
@@ -61,7 +63,7 @@ z, labels = run.embeddings("train", *source)
 # %%
 import torch
 
-from kmex_utils.datasets import matching
+from kmex_utils.data import matching
 
 keep = matching(tuple(trained["classes"]), group)
 names = [trained["classes"][j] for j in keep]
@@ -84,7 +86,7 @@ print(f"{len(names)} classes, {len(train[0]):,} training and {len(test[0]):,} te
 
 # %%
 if model == "CNN":
-    c = run.c()
+    c = explained.network.c
     length = torch.stack([z[labels == j].norm(dim=1).mean() for j in range(len(c))])
     rescaled = c / c.norm(dim=1, keepdim=True) * length[:, None]
     index = torch.arange(len(c))
@@ -92,7 +94,7 @@ if model == "CNN":
 else:
     learned, _ = run.part("ProtoPNet", "05_protopnet")
     prototypes = {"ProtoPNet": of_group(learned["prototypes"].flatten(1), learned["labels"])}
-prototypes[f"KMEx (K/C={k})"] = of_group(kmex.vectors, kmex.labels)
+prototypes[f"KMEx (K/C={k})"] = of_group(vectors, vector_labels)
 
 # %% [markdown]
 # ## Projection
@@ -105,7 +107,8 @@ placed = {name: (projection.transform(vectors), classes) for name, (vectors, cla
 placed_test = projection.transform(test[0])
 
 # %%
-from kmex_utils import figures, paths
+from kmex_utils import drawing, paths
+from kmex_utils.paper import figures
 
 *left, right = placed
 figure = figures.figure2(
@@ -118,7 +121,7 @@ figure = figures.figure2(
     right={right: placed[right]},
 )
 stem = "figure2" if model == "CNN" else "figure2-protopnet"
-figures.save(figure, paths.resolve(figures_folder) / dataset / stem)
+drawing.save(figure, paths.resolve(figures_folder) / dataset / stem)
 figure
 
 # %% [markdown]

@@ -42,18 +42,13 @@ from kmex_utils import parameters
 settings = parameters.check(globals())
 
 # %%
-from kmex_utils.composite import Normalisation
-from kmex_utils.explainers import EncoderKMeans, block_name
-from kmex_utils.runs import Run
+from kmex_utils.method.explainers import block_name
+from kmex_utils.paper.runs import Run
 
 run = Run.of(runs, dataset, seed)
-backbone, images = run.backbone(), run.load_dataset()
-explainers = {}
-for b in range(min(start_blocks), 5):
-    prototypes, made_by = run.prototypes(block_name(b), "04_encoder")
-    normalisation = Normalisation(*(made_by[name] for name in ("norm", "scale", "align_corners", "grid")))
-    explainers[b] = EncoderKMeans(prototypes, len(images.classes), b, normalisation)
-list(explainers)
+images = run.dataset()
+explained = run.explained(needs={block_name(b): "04_encoder" for b in range(min(start_blocks), 5)})
+explained
 
 # %% [markdown]
 # ## One image
@@ -63,20 +58,20 @@ list(explainers)
 # blue against it, on one scale for both depths.
 
 # %%
-from kmex_utils import figures, paths
-from kmex_utils.interpretation import interpret
+from kmex_utils import drawing, paths
 
 if not 0 <= image < len(images.test):
     raise ValueError(f"image must be an index of the {len(images.test)} test images, got {image}")
-if target and target not in images.classes:
-    raise ValueError(f"target must be one of {', '.join(images.classes)}, got {target!r}")
-j = images.classes.index(target) if target else None
-found = interpret(
-    backbone, images, explainers, images.test.pixels[image], start_blocks, target=j, attribution_start=attribution_start
-)
 truth = images.classes[images.test.labels[image]].replace("_", " ")
-figure = figures.figure1(images.test.rgb(image), found, f"{dataset}, test image {image} ({truth})")
-figures.save(figure, paths.resolve(figures_folder) / dataset / "figure1")
+picture = explained.picture(images.test.rgb(image))
+figure = explained.panel(
+    picture,
+    start_blocks,
+    target,
+    title=f"{dataset}, test image {image} ({truth})",
+    attribution_start=attribution_start,
+)
+drawing.save(figure, paths.resolve(figures_folder) / dataset / "figure1")
 figure
 
 # %% [markdown]
@@ -88,12 +83,10 @@ figure
 import pandas as pd
 
 rows = []
-for result in found:
+for result in explained.interpretations(picture, start_blocks, target, attribution_start=attribution_start):
     for patch in result.patches:
-        segment = result.map == patch.prototype
-        rows.append(
-            (result.name, patch.prototype, patch.class_name, 100 * patch.share, result.attribution[segment].mean())
-        )
+        attribution = result.attribution[result.map == patch.prototype].mean()
+        rows.append((result.name, patch.prototype, patch.class_name, 100 * patch.share, attribution))
 pd.DataFrame(rows, columns=["explainer", "prototype", "class", "share (%)", "attribution"]).round(2)
 
 # %% [markdown]
@@ -102,11 +95,14 @@ pd.DataFrame(rows, columns=["explainer", "prototype", "class", "share (%)", "att
 # Asked for with `baseline`: the learned prototypes that the image activates most, beside the patches above.
 
 # %%
-from kmex_utils import protopnet
+from kmex_utils.paper import figures
+from kmex_utils.training import protopnet
 
 if baseline:
-    j, activated = protopnet.most_activated(protopnet.load(run), images, images.test.pixels[image], target=j)
+    j = explained.target(target, explained.seen(picture))
+    learned = protopnet.load(run)
+    j, activated = protopnet.most_activated(learned, images, images.test.pixels[image], target=j if target else None)
     title = f"ProtoPNet: {dataset}, test image {image} ({truth})"
     figure = figures.most_activated(images.test.rgb(image), images.classes[j], activated, title)
-    figures.save(figure, paths.resolve(figures_folder) / dataset / "figure1-protopnet")
+    drawing.save(figure, paths.resolve(figures_folder) / dataset / "figure1-protopnet")
 figure if baseline else None

@@ -43,34 +43,135 @@ figures_folder: str = "figures"  # the table and the figure go to <figures_folde
 
 # %%
 from kmex_utils import hardware, parameters
-from kmex_utils.subsets import check, study
+from kmex_utils.method.explainers import block_name
 
 settings = parameters.check(globals())
-check(fractions, draws, start_blocks)
+if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
+    raise ValueError(f"fractions must lie in (0, 1], got {fractions}")
+if draws < 1:
+    raise ValueError(f"draws must be at least 1, got {draws}")
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
+
+# %% [markdown]
+# ## Drawing and fitting
+#
+# Each draw takes the same fraction of every class, and at least as many images as $K/C$.
+
+# %%
+import torch
+
+
+def draw(labels, classes, fraction, at_least, seed):
+    """A random fraction of the images of each class, as an ascending index [n]."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for c in range(classes):
+        index = (labels == c).nonzero().flatten()
+        count = min(len(index), max(at_least, round(fraction * len(index))))
+        parts.append(index[torch.randperm(len(index), generator=generator)[:count]])
+    return torch.cat(parts).sort().values
+
+
+# %% [markdown]
+# A part is clustered as the whole is. The start block says which explainer: 4 is B4; 0 stands for KMEx.
+
+# %%
+from kmex_utils.method.composite import Normalisation
+
+
+def fit(passed, b, k, seed, index=None):
+    """An explainer with K/C = k from all training images, or from those of an index."""
+    if b:
+        return passed.fit_encoder(b, Normalisation(), k, seed=seed, restarts=restarts, index=index)
+    return passed.fit_kmex(k, seed=seed, restarts=restarts, index=index)
+
+
+# %% [markdown]
+# ## The questions
+#
+# What an explainer says of a split: the prototype of every embedding (KMEx) or position, and the predicted classes.
+
+
+# %%
+def explained(passed, explainer, b, split):
+    if b:
+        q_s = passed.map(explainer, split)
+        return q_s.flatten(), explainer.proj(q_s).argmax(1)
+    z = passed.z(split)
+    return explainer.nearest(z), explainer.predict(z)
+
+
+# %% [markdown]
+# Inertia: the squared distances of *all* training rows to the nearest prototype of their class, summed.
+
+# %%
+from kmex_utils.method.kmeans import DenseRows, inertia
+
+
+def total_inertia(passed, explainer, b):
+    total = 0.0
+    for c, p in enumerate(explainer.prototypes.vectors.unflatten(0, (explainer.classes, -1))):
+        index = (passed.labels["train"] == c).nonzero().flatten()
+        rows = passed.rows(index, b, Normalisation()) if b else DenseRows(passed.z("train", index))
+        total += inertia(rows, p)
+    return total
+
+
+# %% [markdown]
+# One explainer from all images, then one from each draw, put to the questions. Seconds are those of clustering.
+
+# %%
+import time
+
+from sklearn.metrics import adjusted_rand_score
+
+from kmex_utils.method.measures import accuracy
+
+
+def study(passed, b, k, seed):
+    whole = fit(passed, b, k, seed)
+    all_inertia, partition = total_inertia(passed, whole, b), explained(passed, whole, b, "train")[0]
+    for fraction, i in ((fraction, i) for fraction in fractions for i in range(draws)):
+        index = draw(passed.labels["train"], whole.classes, fraction, k, seed=1000 * seed + i)
+        start = time.perf_counter()
+        part = fit(passed, b, k, seed + 101 * (i + 1), index)
+        seconds = time.perf_counter() - start
+        row = {"fraction": fraction, "seed": seed, "draw": i, "images": len(index)}
+        row["accuracy"] = accuracy(explained(passed, part, b, "test")[1], passed.labels["test"])
+        row["inertia"] = total_inertia(passed, part, b) / all_inertia
+        row["agreement"] = adjusted_rand_score(partition, explained(passed, part, b, "train")[0])
+        yield {**row, "seconds": seconds}
+
 
 # %% [markdown]
 # ## The study
 #
-# Each draw takes the same fraction of every class (at least as many images as $K/C$), and is clustered like the whole.
+# One pass through each network, which is then clustered again and again.
 
 # %%
 import pandas as pd
 
-from kmex_utils.runs import Run, trained_seeds
+from kmex_utils.explanation.passed import Passed
+from kmex_utils.paper.runs import Run, trained_seeds
 
-options = {"prototypes_per_class": prototypes_per_class, "restarts": restarts, "device": device}
-found = []
+rows = []
 for seed in seeds or trained_seeds(runs, dataset):
     run = Run.of(runs, dataset, seed)
-    found += study(run.backbone(), run.load_dataset(), fractions, draws, start_blocks, seed=seed, **options)
-records = pd.DataFrame(found)
+    network = run.network()
+    k, blocks = prototypes_per_class or run.settings()["prototypes_per_class"], len(network.blocks)
+    names = {0: "KMEx"} | {b: block_name(b, blocks) for b in sorted(start_blocks, reverse=True)}
+    passed = Passed.of(network, run.dataset(), min([*start_blocks, blocks]), device=device)
+    for b, model in names.items():
+        rows += [{"model": model, **row} for row in study(passed, b, k, seed)]
+records = pd.DataFrame(rows)
+
+# %% [markdown]
+# Mean and standard deviation over trainings and draws. Accuracy should stay where the fraction falls; agreement at
+# fraction 1 says how far two fits of the same images agree, which is the most to hope for.
 
 # %%
 columns = ["accuracy", "inertia", "agreement", "seconds"]
-order = records.model.unique()
-table = records.groupby(["model", "fraction"], sort=False)[columns].agg(["mean", "std"])
-table.round(3)
+records.groupby(["model", "fraction"], sort=False)[columns].agg(["mean", "std"]).round(3)
 
 # %% [markdown]
 # ## The picture
@@ -78,22 +179,35 @@ table.round(3)
 # Lines are means over trainings and draws, bands reach from the lowest to the highest.
 
 # %%
-from kmex_utils import figures, paths
+import matplotlib.pyplot as plt
+
+from kmex_utils import drawing, paths
 from kmex_utils.store import save_text
 
 folder = paths.resolve(figures_folder) / dataset
 save_text(folder / "subset.csv", records.to_csv(index=False, float_format="%.6g"))
-figure = figures.subset_study(records)
-figures.save(figure, folder / "subset")
-figure
+plt.style.use(drawing.STYLE)
+figure, panels = plt.subplots(1, 3, figsize=(9.6, 2.9))
+measures = ("test accuracy (%)", "inertia, relative to all images", "agreement with all images (ARI)")
+for axes, column, measure in zip(panels, columns, measures, strict=False):
+    looks = zip(records.model.unique(), drawing.palette(10), "osD^vP", strict=False)
+    for model, colour, marker in looks:
+        values = records[records.model == model].groupby("fraction")[column].agg(["mean", "min", "max"])
+        axes.plot(100 * values.index, values["mean"], marker=marker, markersize=4, color=colour, label=model)
+        axes.fill_between(100 * values.index, values["min"], values["max"], color=colour, alpha=0.2, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xticks(100 * records.fraction.unique(), [f"{100 * f:g}" for f in records.fraction.unique()])
+    axes.minorticks_off()
+    axes.set(xlabel="images of each class (%)", ylabel=measure)
+panels[0].legend()
+drawing.save(figure, folder / "subset")
 
 # %% [markdown]
 # ## In one line each
 
 # %%
 largest = max(fractions)
-whole = records[records.fraction == largest].groupby("model", sort=False).accuracy.mean()
-for model, some in records.groupby("model", sort=False):
-    lost = whole[model] - some.groupby("fraction").accuracy.mean()
-    enough = min(fraction for fraction in fractions if lost[fraction] <= 0.5)
+for model, values in records.groupby("model", sort=False):
+    reached = values.groupby("fraction").accuracy.mean()
+    enough = min(fraction for fraction in fractions if reached[largest] - reached[fraction] <= 0.5)
     print(f"{model}: {100 * enough:.0f} % of the images stay within 0.5 points of {100 * largest:.0f} %")

@@ -18,9 +18,9 @@
 # # 11. What it costs
 #
 # The engine behind KMEx and the encoder's explainers never builds $q_h$: upsampling acts on positions and the dot
-# product on channels, so both commute (`kmex_utils/composite.py`). This notebook measures what that is worth **on this
-# machine**: against materialising $q_h$ for scikit-learn and faiss, against a bare forward pass, and against Grad-CAM
-# and Integrated Gradients from captum. Methods take turns in one run; medians are quoted.
+# product on channels, so both commute (`kmex_utils/method/operator.py`). This notebook measures what that is worth
+# **on this machine**: against materialising $q_h$ for scikit-learn and faiss, against a bare forward pass, and against
+# Grad-CAM and Integrated Gradients from captum. Methods take turns in one run; medians are quoted.
 
 # %% tags=["parameters"]
 repeats: int = 3  # turns of every fit
@@ -38,13 +38,28 @@ threads: int = 0  # CPU threads; 0: as the environment says
 figures_folder: str = "figures"  # tables and figures go to <figures_folder>/scaling/
 
 # %%
-from kmex_utils import hardware, parameters, paths, scaling
-from kmex_utils.store import save_text
+from kmex_utils import parameters, paths
 
 settings = parameters.check(globals())
 folder = paths.resolve(figures_folder) / "scaling"
-machine = f"{hardware.machine()}, {hardware.set_threads(threads)} threads"
-print(machine)
+
+# %% [markdown]
+# ## Measuring
+#
+# `benchmarks/scaling.py` does it, for some minutes, and leaves tables. So it also runs without this notebook, on a
+# machine that has nothing else to do; what it compares with is the extra `compare`.
+
+# %%
+import subprocess
+import sys
+
+options = {name: value for name, value in settings.items() if name != "figures_folder"} | {"out": folder}
+command = [sys.executable, paths.ROOT / "benchmarks" / "scaling.py"]
+for name, value in options.items():
+    values = value if isinstance(value, list) else [value]
+    command += [f"--{name.replace('_', '-')}", *map(str, values)]
+subprocess.run(command, check=True)
+print((folder / "machine.md").read_text())
 
 # %% [markdown]
 # ## Fitting
@@ -55,14 +70,13 @@ print(machine)
 # `mib` is its peak memory on top of the activations.
 
 # %%
-base = scaling.Case("cub-class", class_images, restarts=restarts)
-cases = [base]
-cases += [scaling.Case(f"{n} images", n, restarts=restarts) for n in images]
-cases += [scaling.Case(f"K = {k}", class_images, k=k, restarts=restarts) for k in prototypes_per_class]
-cases += [scaling.Case(f"from B{b}", class_images, b, restarts=restarts) for b in start_blocks]
-fits = scaling.compare_fits(cases, repeats, threads)
-save_text(folder / "fit.csv", fits.to_csv(index=False, float_format="%.5g"))
+import pandas as pd
+
+fits = pd.read_csv(folder / "fit.csv")
 fits.round(3).T
+
+# %% [markdown]
+# What was aimed for, in the shape of a class of CUB-200:
 
 # %%
 first = fits.set_index("case").loc["cub-class"]
@@ -70,12 +84,28 @@ print(f"fit: scikit-learn takes {first.sklearn_over_ours:.1f} times as long (tar
 print(f"memory: ours {first.ours_mib:.0f} MiB, scikit-learn {first.sklearn_mib:.0f} MiB (target: a quarter)")
 print(f"inertia: ours / scikit-learn = {first.ours_inertia / first.sklearn_inertia:.5f} (target: 1.0005)")
 
-# %%
-from kmex_utils import figures
+# %% [markdown]
+# Seconds and memory of every case, further left is better.
 
-figure = figures.scaling_fits(fits)
-figures.save(figure, folder / "fit")
-figure
+# %%
+import matplotlib.pyplot as plt
+
+from kmex_utils import drawing
+
+plt.style.use(drawing.STYLE)
+figure, panels = plt.subplots(1, 2, figsize=(9.6, 0.5 * len(fits) + 1.2), sharey=True)
+names = {"ours": "this engine", "sklearn": "scikit-learn", "faiss": "faiss", "minibatch": "scikit-learn, mini-batch"}
+place = range(len(fits) - 1, -1, -1)
+for (method, label), marker, colour in zip(names.items(), "osD^", drawing.palette(4), strict=True):
+    for axes, unit in zip(panels, ("s", "mib"), strict=True):
+        if f"{method}_{unit}" in fits:
+            axes.plot(fits[f"{method}_{unit}"], place, marker, color=colour, label=label)
+for axes, label in zip(panels, ("seconds", "peak memory beyond the activations (MiB)"), strict=True):
+    axes.set(xscale="log", xlabel=label)
+    axes.grid(axis="y", alpha=0.3)
+panels[0].set_yticks(place, fits.case)
+figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+drawing.save(figure, folder / "fit")
 
 # %% [markdown]
 # ## Explaining
@@ -84,27 +114,31 @@ figure
 # pass that gives the prediction anyway; captum's methods run passes of their own and are counted whole.
 
 # %%
-explained = scaling.compare_explanations(batch, prototypes, explanation_repeats, threads, gradient_steps)
-save_text(folder / "explain.csv", explained.to_csv(index=False, float_format="%.5g"))
+explained = pd.read_csv(folder / "explain.csv")
 explained.round(4)
 
+# %% [markdown]
+# The same in forward passes.
+
 # %%
-figure = figures.scaling_explanations(explained)
-figures.save(figure, folder / "explain")
-figure
+shown = explained[explained.method != "forward"]
+ours, others = drawing.palette(2)
+figure, axes = plt.subplots(figsize=(6.4, 2.2))
+bars = axes.barh(shown.method, shown.over_forward, color=[ours if m == "ours" else others for m in shown.method])
+axes.bar_label(bars, [f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in shown.over_forward], padding=3)
+axes.set(xscale="log", xlabel="time, in forward passes")
+axes.margins(x=0.15)
+axes.invert_yaxis()
+drawing.save(figure, folder / "explain")
 
 # %% [markdown]
 # ## More rows than memory
 #
 # Synthetic activations, made anew whenever a chunk is read, so no row is ever kept: what stays is a label and a
-# distance per row. Memory is that of the whole process, PyTorch included.
+# distance per row. Memory is that of the whole process, PyTorch included; it should hardly grow with the rows.
 
 # %%
-import pandas as pd
-from tqdm.auto import tqdm
-
-streams = pd.DataFrame(tqdm(scaling.stream(stream_rows, threads=threads), "streams", len(stream_rows), leave=False))
-save_text(folder / "stream.csv", streams.to_csv(index=False, float_format="%.5g"))
+streams = pd.read_csv(folder / "stream.csv")
 streams.round(3).T
 
 # %% [markdown]
@@ -112,17 +146,9 @@ streams.round(3).T
 #
 # 1.28 million images at 224 px from block 2 are 10⁹ rows; class by class, 1,300 images are about a million rows.
 # Passes: two for each k-means++ start but the first, one for each Lloyd iteration (50 assumed), and three more (the
-# variance, the first start, the last assessment).
+# variance, the first start, the last assessment); with activations as quick to read as these are to make.
 
 # %%
 per_pass = streams.seconds_per_pass_and_million_rows.iloc[-1]
-rows_per_class, k, iterations = 1_281_167 / 1000 * 28 * 28 / 1e6, 10, 50
-passes = 2 * (k - 1) + iterations + 3
-hours = 1000 * passes * rows_per_class * per_pass / 3600
-print(
-    f"{per_pass:.2f} s for a pass over a million rows, {passes} passes, 1,000 classes: {hours:.0f} hours on {machine}, "
-    "one restart, with activations as quick to read as these are to make"
-)
-save_text(
-    folder / "machine.md", f"Measured on {machine}. ImageNet from B234, one restart, extrapolated: {hours:.0f} h.\n"
-)
+print(f"{per_pass:.2f} s for a pass over a million rows")
+print((folder / "machine.md").read_text())

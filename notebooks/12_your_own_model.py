@@ -26,8 +26,9 @@
 # digits; name a model and a folder to explain yours.
 
 # %% tags=["parameters"]
-model: str = "runs/mnist-mini/seed-0/backbone.safetensors"  # a torchvision name, timm/<name>, or notebook 1's weights
-checkpoint: str = ""  # file with a state dict for a model by name; empty: imagenet
+model: str = "runs/mnist-mini/seed-0"  # a torchvision name, timm/<name>, or the folder of a run
+arch_args: dict = {}  # arguments of a model by name, e.g. {layers: [2, 2, 2, 3]} for timm/resnet18
+weights: str = ""  # of a model by name: imagenet, random, or a file with a state dict; empty: imagenet
 classes: str = ""  # text file with the names of the network's classes, one a line; empty: known, or numbers
 blocks: list[str] = []  # modules that end the blocks; empty: the last output at each resolution
 head: str = ""  # the linear layer; empty: the last one
@@ -38,6 +39,10 @@ std: list[float] = []  # the same
 fit: str = ""  # crop (the centre square) or stretch; empty: crop, or as notebook 1 does for its own weights
 start_block: int = 0  # the shallowest block to explain from; 0: the last three blocks (B234 of four)
 prototypes_per_class: int = 5  # K/C, the same for every class
+norm: str = "position"  # what ||u|| of eq. 8 runs over: position, channel or image
+scale: str = "1/D"  # the factor beside it: 1/D, 1/sqrt(D) or 1 (equal weights)
+align_corners: bool = False  # of the bilinear interpolation of eq. 7
+grid: str = "shallowest"  # R' of eq. 7: that of the shallowest or deepest block, or double the shallowest's
 held_out: float = 0.2  # share of each class kept from the prototypes where the folder has no test/
 restarts: int = 3  # of k-means; the best is kept
 seed: int = 0  # of k-means and of the held-out images
@@ -62,14 +67,17 @@ settings = parameters.check(globals())
 import pandas as pd
 import torch
 
-from kmex_utils import paths, posthoc
+import kmex_utils as kmex
+from kmex_utils import paths
 
-path = paths.resolve(model)
-if not folder and path.suffix != ".safetensors":
-    raise ValueError(f"give folder, the images to explain {model} on: only notebook 1's weights come with a data set")
-network = posthoc.network(
-    path if path.suffix == ".safetensors" else model,
-    checkpoint if checkpoint in ("", "imagenet", "random") else paths.resolve(checkpoint),
+run_folder = paths.resolve(model)
+is_run = (run_folder / "network.json").is_file()
+if not folder and not is_run:
+    raise ValueError(f"give folder, the images to explain {model} on: only a run of notebook 1 comes with a data set")
+network = kmex.network(
+    run_folder if is_run else model,
+    weights if weights in ("", "imagenet", "random") else paths.resolve(weights),
+    arch_args=arch_args,
     classes=paths.resolve(classes) if classes else "",
     blocks=blocks,
     head=head,
@@ -79,7 +87,8 @@ network = posthoc.network(
     fit=fit,
 )
 print(network.preprocessing())
-x, y = network.outputs(torch.zeros(1, 3, network.image_size, network.image_size))
+size = network.input.image_size
+x, y = network.outputs(torch.zeros(1, 3, size, size))
 shapes = [(name, u.shape[1], f"{u.shape[2]} x {u.shape[3]}") for name, u in zip(network.blocks, x, strict=True)]
 numbers = [f"B{b}" for b in range(1, len(x) + 1)]
 pd.DataFrame(shapes, numbers, ["ends at", "channels", "positions"])
@@ -95,7 +104,7 @@ pd.DataFrame(shapes, numbers, ["ends at", "channels", "positions"])
 # %%
 from kmex_utils.networks import theorem1_residual
 
-noise = torch.randn(4, 3, network.image_size, network.image_size, generator=torch.Generator().manual_seed(seed))
+noise = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(seed))
 if network.pooled_linear:
     residual = theorem1_residual(network, noise)
     print(f"bias: {network.b is not None}; largest difference, relative to the largest score: {residual:.1e}")
@@ -110,14 +119,18 @@ else:
 # 4. Without labels, the network's own predictions stand in for them.
 
 # %%
-from kmex_utils.runs import Run
+from kmex_utils.paper.runs import Run
 
-images = paths.resolve(folder) if folder else Run.of_weights(path).load_dataset()
-explained = posthoc.explain(
+images = paths.resolve(folder) if folder else Run.at(run_folder).dataset()
+explained = kmex.explain(
     network,
     images,
     start_block=start_block,
     prototypes_per_class=prototypes_per_class,
+    norm=norm,
+    scale=scale,
+    align_corners=align_corners,
+    grid=grid,
     held_out=held_out,
     restarts=restarts,
     seed=seed,
@@ -138,12 +151,12 @@ explained.table.round(2)
 # The training patch nearest to each prototype of the first class, and in how many of the class's images it appears.
 
 # %%
-from kmex_utils import figures
+from kmex_utils.drawing import image_grid
 
 shallowest = explained.start_blocks[-1]
-own = (explained.explainers[shallowest].prototypes.labels == 0).nonzero().flatten().tolist()[:10]
-patches = [explained.patch(shallowest, k).pixels for k in own]
-figures.image_grid(patches, ["{} of {}".format(*explained.sharing(shallowest, k)) for k in own])
+of_class = (explained.explainers[shallowest].prototypes.labels == 0).nonzero().flatten().tolist()[:10]
+patches = [explained.patch(shallowest, k).pixels for k in of_class]
+image_grid(patches, ["{} of {}".format(*explained.sharing(shallowest, k)) for k in of_class])
 # %% [markdown]
 # ## One image
 #
@@ -165,10 +178,14 @@ explorer
 # ## Keep and send
 #
 # The prototypes with their settings, and a report: one HTML file that needs no network. `explained.export(…)` writes
-# maps, attributions and tables of a whole folder to Parquet and NPZ.
+# maps, attributions and tables of a whole folder to Parquet and NPZ. Tomorrow, nothing is fitted again:
+#
+# ```python
+# kmex.load("runs/your-own-model").panel("new.jpg")
+# ```
 
 # %%
 results = explained.save(paths.resolve(out))
-some = range(min(4, len(explained.names)))
-report = explained.report(results / "report.html", [which, *(i for i in some if i != which)], overwrite=True)
+first = range(min(4, len(explained.names)))
+report = explained.report(results / "report.html", [which, *(i for i in first if i != which)], overwrite=True)
 print(f"{report.name}: {report.stat().st_size / 1e6:.1f} MB, beside the prototypes in {results}")

@@ -48,7 +48,7 @@ figures_folder: str = "figures"  # the table and the figure go to <figures_folde
 
 # %%
 from kmex_utils import hardware, parameters
-from kmex_utils.runs import Run, trained_seeds
+from kmex_utils.paper.runs import Run, trained_seeds
 
 settings = parameters.check(globals())
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
@@ -56,6 +56,11 @@ seeds = seeds or trained_seeds(runs, dataset)
 all_runs = [Run.of(runs, dataset, seed) for seed in seeds]
 for run in all_runs:
     run.results("kmex", "03_kmex")  # there, or refused before any clustering
+
+# %% [markdown]
+# Trainings with one thing switched, of the seeds that both have.
+
+# %%
 switched = dict(other.split(":", 1) for other in others)
 seeds_of = {name: sorted({*seeds} & {*trained_seeds(folder, dataset)}) for name, folder in switched.items()}
 for name, common in seeds_of.items():
@@ -67,82 +72,157 @@ for name, common in seeds_of.items():
 # %% [markdown]
 # ## Readings of eq. 7, 8 and 10
 #
-# B4, B34 and B234, clustered anew under each reading.
+# B4, B34 and B234 are clustered anew under each reading, all from one pass through the network.
 
 # %%
-import pandas as pd
+import time
 
-from kmex_utils.studies import Kept, attribution_starts, readings
+from kmex_utils.method.explainers import block_name
+from kmex_utils.paper.ledger import READINGS
 
-found = []
-for run in all_runs:
-    backbone, images = run.backbone(), run.load_dataset()
-    per_class = prototypes_per_class or images.recipe.prototypes_per_class
-    kept = Kept.of(backbone, images, 2, fit_on, device=device)
-    records, explainers = readings(kept, per_class, seed=run.seed, restarts=restarts)
-    shared = {"question": "attribution start", "option": "raw", "seed": run.seed, "split": "test"}
-    agreement = attribution_starts(kept, backbone.cpu(), explainers, attribution_images)
-    records += [{**shared, "model": m, "metric": "map_correlation", "value": value} for m, value in agreement.items()]
-    found += records
+
+def readings(passed, k, index, seed):
+    """Records of every reading, and the default one's explainers by start block."""
+    records, default = [], {}
+    for (question, option, normalisation), b in ((reading, b) for reading in READINGS for b in (4, 3, 2)):
+        start = time.perf_counter()
+        explainer = passed.fit_encoder(b, normalisation, k, seed=seed, restarts=restarts, index=index)
+        seconds = time.perf_counter() - start
+        if question == "default":
+            default[b] = explainer
+        for metric, split, value in passed.accuracies(explainer):
+            record = {"question": question, "option": option, "seed": seed, "model": block_name(b)}
+            records.append({**record, "metric": metric, "split": split, "value": value, "seconds": seconds})
+    return records, default
+
 
 # %% [markdown]
-# ## Readings of Table 1, and other trainings
+# ## Two starts of the attribution
+#
+# For some test images the attribution of the predicted class is made both ways; the correlation of both maps says how
+# far the ways agree.
 
 # %%
-from kmex_utils.measures import cosine_alignment
+import torch
 
+from kmex_utils.method.attribution import attribution, carried
+from kmex_utils.paper.ledger import map_correlation
+
+
+def starts(passed, network, explainers):
+    """Mean correlation of both starts' maps by start block, deepest first."""
+    index = torch.arange(min(attribution_images, len(passed.x["test"])))
+    target = passed.y["test"][index].argmax(1)
+    att = attribution(passed.x["test"].read(index, passed.blocks)[0], network.c[target])
+    maps = {b: passed.map(explainer, "test")[index] for b, explainer in explainers.items()}
+    segments, raw = (carried(att, maps, start=start) for start in ("segments", "raw"))
+    return {b: float(map_correlation(segments[b], raw[b]).mean()) for b in maps}
+
+
+# %% [markdown]
+# Both studies for each training.
+
+# %%
+from kmex_utils.explanation.passed import Passed
+
+rows = []
 for run in all_runs:
-    z, labels = run.embeddings("train")
-    for k in (1, run.recipe().prototypes_per_class):
-        p, _ = run.prototypes(f"KMEx-{k}", "03_kmex")
-        for pairs in ("all", "nearest"):
-            question = ("pairs", "nearest") if pairs == "nearest" else ("default", "")
+    network = run.network()
+    k = prototypes_per_class or run.settings()["prototypes_per_class"]
+    passed = Passed.of(network, run.dataset(), 2, device=device)
+    records, explainers = readings(passed, k, passed.first_of_each_class(fit_on), run.seed)
+    rows += records
+    shared = {"question": "attribution start", "option": "raw", "seed": run.seed, "split": "test"}
+    for b, value in starts(passed, network.cpu(), explainers).items():
+        rows.append({**shared, "model": block_name(b), "metric": "map_correlation", "value": value})
+
+# %% [markdown]
+# ## Readings of Table 1
+#
+# Each embedding's nearest prototype of a class in place of all of them.
+
+# %%
+from kmex_utils.method.measures import cosine_alignment
+
+options = {"all": ("default", ""), "nearest": ("pairs", "nearest")}
+for run in all_runs:
+    counts, (z, labels) = (1, run.settings()["prototypes_per_class"]), run.embeddings("train")
+    explained = run.explained(needs={f"KMEx-{k}": "03_kmex" for k in counts})
+    for k in counts:
+        p = explained.kmex[k].prototypes
+        for pairs, (question, option) in options.items():
             values = cosine_alignment(z, labels, p.vectors, p.labels, pairs)
             for metric, value in zip(("cos_class", "cos_out"), values, strict=True):
                 record = {"model": f"KMEx (K/C={k})", "metric": metric, "split": "train", "value": value}
-                found.append({"question": question[0], "option": question[1], "seed": run.seed, **record})
+                rows.append({"question": question, "option": option, "seed": run.seed, **record})
+
+# %% [markdown]
+# ## Other trainings
+#
+# Their results and those of the trainings they are compared with.
 
 # %%
 stages = {"train": "01_train", "kmex": "03_kmex", "encoder": "04_encoder"}
 for name, folder in {"": runs, **switched}.items() if switched else ():
+    question, option = (name, "switched") if name else ("as trained", "")
     for seed in seeds_of.get(name, seeds):
         run = Run.of(folder, dataset, seed)
-        given = {"question": name or "as trained", "option": "switched" if name else "", "seed": seed}
-        for stage, notebook in stages.items():
-            for r in run.results(stage, notebook):
-                found.append({**given, **{key: r[key] for key in ("model", "metric", "split", "value")}})
-records = pd.DataFrame(found)
+        for result in (result for stage, notebook in stages.items() for result in run.results(stage, notebook)):
+            record = {key: result[key] for key in ("model", "metric", "split", "value")}
+            rows.append({"question": question, "option": option, "seed": seed, **record})
 
 # %% [markdown]
 # ## The ledger
 #
-# The change of each number against the default reading of the same seed: mean and standard deviation over seeds.
+# The change of each number against the default reading of the same seed: mean and standard deviation over seeds. What
+# matters most is a scale of 1, where all blocks weigh the same.
 
 # %%
-from kmex_utils import paths, studies
+import pandas as pd
+
+from kmex_utils import paths
+from kmex_utils.paper import ledger
 from kmex_utils.store import save_text
 
-folder = paths.resolve(figures_folder) / dataset
+folder, records = paths.resolve(figures_folder) / dataset, pd.DataFrame(rows)
 save_text(folder / "ledger.csv", records.to_csv(index=False, float_format="%.6g"))
-changes = studies.changes(records)
+changes = ledger.changes(records)
 table = changes.groupby(["question", "option", "metric", "split", "model"], sort=False)["change"].agg(["mean", "std"])
 table.query("split == 'test' or metric != 'accuracy'").round(2)
 
-# %%
-from kmex_utils import figures
+# %% [markdown]
+# Changes of test accuracy as a picture, a row for each option and a mark for each seed.
 
-figure = figures.ledger(changes)
-figures.save(figure, folder / "ledger")
-figure
+# %%
+import matplotlib.pyplot as plt
+
+from kmex_utils import drawing
+from kmex_utils.paper.figures import DEPTHS, look
+
+plt.style.use(drawing.STYLE)
+shown = changes[changes.model.isin(DEPTHS) & (changes.metric == "accuracy") & (changes.split == "test")]
+options = list(dict.fromkeys(zip(shown.question, shown.option, strict=True)))
+models = [model for model in DEPTHS if model in set(shown.model)]
+figure, axes = plt.subplots(figsize=(7.2, 0.42 * len(options) + 1.1))
+for i, model in enumerate(models):
+    marks, aside = shown[shown.model == model], 0.22 * (i - (len(models) - 1) / 2)  # one above the other
+    place = [-options.index(option) - aside for option in zip(marks.question, marks.option, strict=True)]
+    axes.plot(marks.change, place, linestyle="", markersize=5, alpha=0.85, label=model, **look(model))
+axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+axes.set_yticks([-i for i in range(len(options))], [f"{question}: {option}" for question, option in options])
+axes.set(xlabel="change of test accuracy (points), one mark per seed")
+axes.grid(axis="y", alpha=0.3)
+axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+drawing.save(figure, folder / "ledger")
 
 # %% [markdown]
 # ## The price of depth, under each reading
 #
-# What B4, B34 and B234 lose to the CNN on the test images.
+# What B4, B34 and B234 lose to the CNN on the test images: if depth itself had a price, no reading would remove it.
 
 # %%
 cnn = {run.seed: r["value"] for run in all_runs for r in run.results("train", "01_train") if r["split"] == "test"}
-some = records.query("split == 'test' and model in ['B4', 'B34', 'B234'] and metric == 'accuracy'")
-some = some[some.question.isin(["default", "norm", "scale", "align_corners", "grid"])]
-lost = some.assign(lost=some.seed.map(cnn) - some.value)
+tested = records[(records.split == "test") & (records.metric == "accuracy") & records.model.isin(["B4", "B34", "B234"])]
+tested = tested[tested.question.isin([question for question, _, _ in READINGS])]
+lost = tested.assign(lost=tested.seed.map(cnn) - tested.value)
 lost.groupby(["question", "option", "model"], sort=False)["lost"].agg(["mean", "std"]).unstack("model").round(2)

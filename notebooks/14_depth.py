@@ -38,49 +38,112 @@ figures_folder: str = "figures"  # the table and the figure go to <figures_folde
 
 # %%
 from kmex_utils import hardware, parameters
-from kmex_utils.composite import Normalisation
-from kmex_utils.explainers import block_name
-from kmex_utils.runs import Run, trained_seeds
+from kmex_utils.method.composite import Normalisation
+from kmex_utils.method.explainers import block_name
+from kmex_utils.paper.runs import Run, trained_seeds
 
 settings = parameters.check(globals())
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
-names = [block_name(b) for b in start_blocks]
-readings = [Normalisation(scale=scale) for scale in scales]
+names = {b: block_name(b) for b in start_blocks}
+readings = {scale: Normalisation(scale=scale) for scale in scales}
 seeds = seeds or trained_seeds(runs, dataset)
 
 # %% [markdown]
+# ## One number of prototypes
+#
+# KMEx and each start block with the same $K/C$, from the same images. One block alone has one scale.
+
+# %%
+import time
+
+from kmex_utils.method.measures import accuracy
+
+
+def fits(passed, k, seed, index):
+    options = {"seed": seed, "restarts": restarts, "index": index}
+    start = time.perf_counter()
+    kmex = passed.fit_kmex(k, **options)
+    seconds = time.perf_counter() - start
+    yield "KMEx", "", "accuracy", accuracy(kmex.predict(passed.z("test")), passed.labels["test"]), seconds
+    for b in start_blocks:
+        for scale in scales if b < max(start_blocks) else scales[:1]:
+            start = time.perf_counter()
+            explainer = passed.fit_encoder(b, readings[scale], k, **options)
+            seconds = time.perf_counter() - start
+            for metric, _, value in passed.accuracies(explainer, ["test"]):
+                yield names[b], scale, metric, value, seconds
+
+
+# %% [markdown]
 # ## The fits
+#
+# One pass through each network; where a class cannot fill the largest $K/C$, nothing is clustered. The CNN's own
+# accuracy comes from its training.
 
 # %%
 import pandas as pd
 
-from kmex_utils.studies import Kept, depths
+from kmex_utils.explanation.passed import Passed
+from kmex_utils.method.prototypes import check_enough
 
-found = []
-for seed in seeds:
-    run = Run.of(runs, dataset, seed)
-    kept = Kept.of(run.backbone(), run.load_dataset(), min(start_blocks), fit_on, device=device)
-    found += depths(kept, prototypes_per_class, start_blocks, scales, seed=seed, restarts=restarts)
-    for r in [r for r in run.results("train", "01_train") if r["split"] == "test"]:
-        cnn = {key: r[key] for key in ("model", "metric", "split", "seed", "value")}
-        found.append({**cnn, "scale": "", "per_class": 0, "seconds": 0.0})
-records = pd.DataFrame(found)
+rows = []
+for run in [Run.of(runs, dataset, seed) for seed in seeds]:
+    passed = Passed.of(run.network(), run.dataset(), min(start_blocks), device=device)
+    index = passed.first_of_each_class(fit_on)
+    members = [index[passed.labels["train"][index] == c] for c in range(len(passed.classes))]
+    check_enough(members, passed.classes, max(prototypes_per_class), lambda images: images)
+    for k in prototypes_per_class:
+        for model, scale, metric, value, seconds in fits(passed, k, run.seed, index):
+            record = {"model": model, "scale": scale, "metric": metric, "split": "test", "value": value}
+            rows.append({**record, "prototypes_per_class": k, "seed": run.seed, "seconds": seconds})
+    for result in (result for result in run.results("train", "01_train") if result["split"] == "test"):
+        cnn = {key: result[key] for key in ("model", "metric", "split", "seed", "value")}
+        rows.append({**cnn, "scale": "", "prototypes_per_class": 0, "seconds": 0.0})
+records = pd.DataFrame(rows)
+
+# %% [markdown]
+# Accuracy of both factors side by side; the CNN is in the column of no prototypes.
 
 # %%
 shown = records.query("metric == 'accuracy'")
-shown.pivot_table(index=["scale", "model"], columns="per_class", values="value", sort=False).round(1)
+shown.pivot_table(index=["scale", "model"], columns="prototypes_per_class", values="value", sort=False).round(1)
 
 # %% [markdown]
 # ## The picture
 #
-# Lines are means over trainings, bands reach from the lowest to the highest.
+# Lines are means over trainings, bands reach from the lowest to the highest. Where the lines of one panel lie together,
+# depth is free.
 
 # %%
-from kmex_utils import figures, paths
+from kmex_utils import paths
 from kmex_utils.store import save_text
 
 folder = paths.resolve(figures_folder) / dataset
 save_text(folder / "depth.csv", records.to_csv(index=False, float_format="%.6g"))
-figure = figures.depth_study(records)
-figures.save(figure, folder / "depth")
-figure
+ticks = sorted(prototypes_per_class)
+titles = {"1/D": "factor $1/D_b$ (as printed)", "1/sqrt(D)": "factor $1/\\sqrt{D_b}$", "1": "equal weights"}
+
+# %%
+import matplotlib.pyplot as plt
+
+from kmex_utils import drawing
+from kmex_utils.paper.figures import look
+
+plt.style.use(drawing.STYLE)
+figure, panels = plt.subplots(1, len(scales), figsize=(4.2 * len(scales) + 1, 3.2), sharey=True, squeeze=False)
+for axes, scale in zip(panels[0], scales, strict=True):
+    for model, values in shown.groupby("model", sort=False):
+        values = values if model in ("KMEx", "CNN", "B4") else values[values.scale == scale]
+        values = values.groupby("prototypes_per_class")["value"].agg(["mean", "min", "max"])
+        if model == "CNN":
+            axes.axhline(values["mean"].iloc[0], color="0.3", linestyle="--", linewidth=1.2, label="CNN")
+            continue
+        axes.plot(values.index, values["mean"], markersize=4, label=model, **look(model))
+        band = {"color": look(model)["color"], "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(values.index, values["min"], values["max"], **band)
+    axes.set(xscale="log", xlabel="prototypes per class, K/C", title=titles[scale])
+    axes.set_xticks(ticks, [f"{k:g}" for k in ticks])
+    axes.minorticks_off()
+panels[0, 0].set_ylabel("test accuracy (%)")
+panels[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+drawing.save(figure, folder / "depth")

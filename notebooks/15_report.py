@@ -35,25 +35,16 @@ from kmex_utils import parameters
 settings = parameters.check(globals())
 
 # %%
-import pandas as pd
-
-from kmex_utils import paths, reproduction
-from kmex_utils.datasets import RECIPES
+from kmex_utils import paths
 
 made_by = paths.resolve(config)
 if config and not made_by.is_file():
     raise FileNotFoundError(f"{made_by} does not exist: give the configuration that made the runs, or none")
 folder = paths.resolve(figures_folder)
-read = {}
-for dataset in datasets:
-    for part in ("table1", "table2", "table1-seeds", "table2-seeds", "ledger", "depth"):
-        path = folder / dataset / f"{part}.csv"
-        if path.exists():
-            read[dataset, part] = pd.read_csv(path)
-        elif part.startswith("table"):
-            raise FileNotFoundError(f"{path} does not exist: run notebooks 06_alignment and 07_accuracy for {dataset}")
-own = {dataset: RECIPES.get(dataset, RECIPES["folder"]).prototypes_per_class for dataset in datasets}
-records = {d: pd.concat([read[d, "table1-seeds"], read[d, "table2-seeds"]]) for d in datasets}
+for path in (folder / dataset / f"table{i}.csv" for dataset in datasets for i in (1, 2)):
+    if not path.exists():
+        of = path.parent.name
+        raise FileNotFoundError(f"{path} does not exist: run notebooks 06_alignment and 07_accuracy for {of}")
 
 # %% [markdown]
 # ## What was run
@@ -61,21 +52,39 @@ records = {d: pd.concat([read[d, "table1-seeds"], read[d, "table2-seeds"]]) for 
 # Of data sets whose runs are no longer here, the report's own tables tell.
 
 # %%
-trained, curves = reproduction.trainings(runs, datasets)
+from kmex_utils.paper import report
+
+trained, curves = report.trainings(runs, datasets)
 earlier = {stem: folder / name / f"{stem}.csv" for stem in ("trained", "curves", "cost", "disk")}
-trained = reproduction.with_earlier(trained, earlier["trained"], datasets, "01_train")
-curves = reproduction.with_earlier(curves, earlier["curves"], datasets)
+trained = report.with_earlier(trained, earlier["trained"], datasets, "01_train")
+curves = report.with_earlier(curves, earlier["curves"], datasets)
 trained
 
 # %% [markdown]
-# Training curves: loss and running accuracy on augmented training images.
+# Training curves, a column for each data set and a line for each seed: loss and running accuracy on augmented training
+# images.
 
 # %%
-from kmex_utils import figures
+import matplotlib.pyplot as plt
 
-figure = figures.training_curves(curves)
-figures.save(figure, folder / name / "curves")
-figure
+from kmex_utils import drawing
+
+plt.style.use(drawing.STYLE)
+names = list(dict.fromkeys(curves.dataset))
+figure, panels = plt.subplots(2, len(names), figsize=(3.0 * len(names) + 0.6, 3.6), squeeze=False, sharex="col")
+for (above, below), dataset in zip(panels.T, names, strict=True):
+    for seed, curve in curves[curves.dataset == dataset].groupby("seed"):
+        look = {"marker": ".", "color": drawing.palette(10)[seed % 10], "label": f"seed {seed}"}
+        above.plot(curve.epoch, curve.loss, **look)
+        below.plot(curve.epoch, curve.accuracy, **look)
+    above.set(title=dataset, yscale="log")
+    below.set_xlabel("epoch")
+    below.xaxis.get_major_locator().set_params(integer=True)
+panels[0, 0].set_ylabel("loss")
+panels[1, 0].set_ylabel("running accuracy (%)")
+lines = {line.get_label(): line for axes in panels[0] for line in axes.lines}
+figure.legend([lines[label] for label in sorted(lines)], sorted(lines), loc="outside right center")
+drawing.save(figure, folder / name / "curves")
 
 # %% [markdown]
 # ## Does what the paper finds hold?
@@ -83,8 +92,14 @@ figure
 # Each finding as a number, with the criterion that makes it hold; `holds_in` counts the seeds.
 
 # %%
-found = pd.concat([reproduction.check_relations(records[d], d, own[d]) for d in datasets])
-found.round(2)
+import pandas as pd
+
+from kmex_utils.paper import claims
+
+own = {d: report.own_prototypes_per_class(runs, d) for d in datasets}
+records = {d: pd.concat([pd.read_csv(folder / d / f"table{i}-seeds.csv") for i in (1, 2)]) for d in datasets}
+relations = pd.concat([claims.check_relations(records[d], d, own[d]) for d in datasets])
+relations.round(2)
 
 # %% [markdown]
 # ## Every number
@@ -93,10 +108,10 @@ found.round(2)
 # differences beyond it and is empty where one seed has no spread.
 
 # %%
-tables = {
-    part: pd.concat([reproduction.compare(read[d, part]) for d in datasets], ignore_index=True)
-    for part in ("table1", "table2")
-}
+tables = {}
+for table in ("table1", "table2"):
+    compared = [claims.compare(pd.read_csv(folder / d / f"{table}.csv")) for d in datasets]
+    tables[table] = pd.concat(compared, ignore_index=True)
 tables["table1"].round(2)
 
 # %%
@@ -106,40 +121,71 @@ tables["table2"].round(1)
 # ## The price of each reading
 #
 # What B4 and B234 lose to the CNN on test images, in the paper and under each reading of what it leaves open. Where
-# notebook 13 has not run, notebook 14 tells of the factor.
+# notebook 13 has not run, notebook 14 tells of the factor, if it was given the printed one and equal weights.
 
 # %%
-ledgers = {d: read[d, "ledger"] for d in datasets if (d, "ledger") in read}
-scaled = {d: reproduction.ledger_of_depth(read[d, "depth"], own[d]) for d in datasets if (d, "depth") in read}
-found_in = {d: some for d, some in scaled.items() if {"", "1"} <= {*some.option}} | ledgers
-priced = [reproduction.prices(found_in[d], records[d], d) for d in datasets if d in found_in]
-priced = pd.concat(priced, ignore_index=True) if priced else pd.DataFrame()
-priced.round(2)
+from kmex_utils.paper import ledger
+
+read = {path.parent.name: pd.read_csv(path) for d in datasets for path in (folder / d).glob("ledger.csv")}
+depths = {path.parent.name: pd.read_csv(path) for d in datasets for path in (folder / d).glob("depth.csv")}
+scales = {d: ledger.ledger_of_depth(depth, own[d]) for d, depth in depths.items()}
+ledgers = {d: scale for d, scale in scales.items() if {"", "1"} <= {*scale.option}} | read
+prices = [ledger.prices(ledgers[d], records[d], d) for d in datasets if d in ledgers]
+prices = pd.concat(prices, ignore_index=True) if prices else pd.DataFrame()
+prices.round(2)
+
+# %% [markdown]
+# What else notebook 13 has switched: pairs of Table 1, the start of the attribution, whole trainings.
 
 # %%
-effects = [reproduction.effects(ledger, d) for d, ledger in ledgers.items()]
+effects = [ledger.effects(table, d) for d, table in read.items()]
 effects = pd.concat(effects, ignore_index=True) if effects else pd.DataFrame()
 effects.round(2)
 
 # %% [markdown]
-# With $1/D_b$ the shallowest block carries most of the distance, the more so the more channels grow with depth. The
-# loss against the share of $B4$, for the three factors; hollow: the paper's, if its factor is as printed.
+# With $1/D_b$ the shallowest block carries most of the distance, the more so the more channels grow with depth. This is
+# the share that each factor leaves to $B4$, in the networks here and in those of `beside`.
 
 # %%
 networks = trained.groupby("dataset")["network"].first()
-weighted = reproduction.weightings(priced, networks) if len(priced) else pd.DataFrame()
+weighted = ledger.weightings(prices, networks) if len(prices) else pd.DataFrame()
+drawn = pd.concat([weighted, pd.read_csv(paths.resolve(beside) / "weighting.csv")]) if beside else weighted
+drawn.round(3)
+
+# %% [markdown]
+# The loss of B234 against that share: the less $B4$ counts, the more is lost. Hollow: the paper's own loss, if its
+# factor is as printed.
+
+# %%
+from matplotlib.ticker import LogLocator
+
 if len(weighted):
-    drawn = pd.concat([weighted, pd.read_csv(paths.resolve(beside) / "weighting.csv")]) if beside else weighted
-    figure = figures.weightings(drawn, reproduction.last_share("resnet34", "1/D"))
-    figures.save(figure, folder / name / "weighting")
-    display(figure)
+    figure, axes = plt.subplots(figsize=(6.4, 3.4))
+    colours = dict(zip(sorted({*drawn.dataset}), drawing.palette(10), strict=False))
+    looks = dict(zip(drawn.network.unique(), ("o-", "s--", "D:", "^-."), strict=False))
+    for (network, dataset), lost in drawn.groupby(["network", "dataset"], sort=False):
+        lost, label = lost.sort_values("last_share"), f"{dataset}, {network.split('/')[-1]}"
+        look = {"fmt": looks[network], "color": colours[dataset], "markersize": 5, "capsize": 2}
+        axes.errorbar(lost.last_share, lost["mean"], lost["std"].fillna(0), label=label, **look)
+    for dataset, paper in drawn.dropna(subset="paper").groupby("dataset", sort=False)["paper"].first().items():
+        look = {"markersize": 11, "markerfacecolor": "none", "color": colours[dataset]}
+        axes.plot(ledger.last_share("resnet34", "1/D"), paper, "*", label=f"{dataset}, the paper", **look)
+    axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    axes.set(xscale="log", xlabel="nominal share of B4 in the squared distance", ylabel="points B234 loses to the CNN")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    axes.minorticks_off()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    drawing.save(figure, folder / name / "weighting")
 
 # %% [markdown]
 # ## Hours and bytes
+#
+# As the batch noted them for each notebook, and what the runs take on disk (in the page).
 
 # %%
-cost = reproduction.with_earlier(reproduction.costs(runs, datasets), earlier["cost"], datasets)
-files = reproduction.with_earlier(reproduction.disk(runs, datasets), earlier["disk"], datasets)
+cost = report.with_earlier(report.costs(runs, datasets), earlier["cost"], datasets)
+disk = report.with_earlier(report.disk(runs, datasets), earlier["disk"], datasets)
 cost.pivot_table(index="notebook", columns="dataset", values="minutes").round(1) if len(cost) else cost
 
 # %% [markdown]
@@ -148,28 +194,23 @@ cost.pivot_table(index="notebook", columns="dataset", values="minutes").round(1)
 # A sanity check of the training: test accuracies that others report for networks trained from scratch on the same data.
 
 # %%
-others = reproduction.beside_others(records, trained)
+others = report.beside_others(records, trained)
 others
 
 # %% [markdown]
 # ## The page
+#
+# Its text is a template, `kmex_utils/paper/report.md.j2`; the tables behind it are saved beside it.
 
 # %%
 from IPython.display import Markdown
 
 from kmex_utils.store import save_text
 
-parts = {
-    "trained": trained,
-    "relations": found,
-    **tables,
-    "prices": priced,
-    "effects": effects,
-    "cost": cost,
-    "disk": files,
-}
+parts = {"trained": trained, "relations": relations, **tables, "prices": prices, "effects": effects}
+parts |= {"cost": cost, "disk": disk}
 for stem, part in {**parts, "curves": curves, "weighting": weighted}.items():
     save_text(folder / name / f"{stem}.csv", part.to_csv(index=False, float_format="%.6g"))
 made_by = made_by.read_text() if config else ""
-page = reproduction.page({**parts, "others": others}, folder, datasets, made_by, name)
+page = report.page({**parts, "others": others}, folder, datasets, made_by, name)
 Markdown(page)

@@ -3,13 +3,14 @@ import urllib.request
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from kmex_utils.backbones import resnet
-from kmex_utils.datasets import load
+from kmex_utils import data, networks
 
 torch.set_num_threads(1)
 
@@ -27,13 +28,19 @@ def generator():
 @pytest.fixture(scope="session")
 def digits():
     """36 training digits of three classes, 32 px."""
-    return load("mnist-mini", image_size=32, images_per_class=12, classes="0,1,2")
+    return data.load("mnist-mini", small(), images_per_class=12, classes="0,1,2")
 
 
 @pytest.fixture(scope="session")
-def backbone(digits):
+def network(digits):
     """A frozen network for them, of random weights."""
-    return resnet("resnet18", len(digits.classes), "scratch", seed=0).eval().requires_grad_(False)
+    trainable = networks.for_training("resnet18", digits.classes, "scratch", digits.input, seed=0)
+    return trainable.eval().requires_grad_(False)
+
+
+def small(image_size=32):
+    """The input of the embedded digits, smaller than notebook 1 trains them."""
+    return replace(data.own_input("mnist-mini"), image_size=image_size)
 
 
 def blocks_of(n=3, sizes=((6, 5), (3, 3), (2, 1)), channels=(4, 6, 8), seed=0):

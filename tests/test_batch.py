@@ -1,10 +1,9 @@
-"""The Snakefile: parameters, one run at a time, kill and resume, a failing notebook."""
+"""The workflow: parameters, what depends on what, one at a time, kill and resume, a failing notebook, the outcome."""
 
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import yaml
 
 from kmex_utils import paths
+from kmex_utils.paper import batch as workflow
 
 TINY = {
     "image_size": 32,
@@ -34,7 +34,7 @@ TINY = {
 
 
 def batch(folder, config, *options, start=subprocess.run, **more):
-    command = [sys.executable, "-m", "kmex_utils.batch", str(config)]
+    command = [sys.executable, "-m", "kmex_utils", "batch", str(config)]
     command += ["--runs", str(folder / "runs"), "--figures", str(folder / "figures"), *options]
     return start(command, cwd=paths.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
 
@@ -50,7 +50,7 @@ def configuration(folder, parameters=TINY, name="mnist-mini", seeds=(0,)):
 def test_the_workflow_gives_only_parameters_the_notebooks_take(name, tmp_path):
     config = paths.ROOT / "config" / f"{name}.yaml"
     text = batch(tmp_path, config, "all", "extras", "--dry-run", "--printshellcmds").stdout
-    commands = re.findall(r"papermill .*/notebooks/(\S+)\.ipynb \S+ -y (.+)", text)
+    commands = re.findall(r"papermill .*/notebooks/(\S+)\.ipynb \S+ -y (.+); echo", text)
     assert len({notebook for notebook, _ in commands}) == 14, "all but the one for your own model"
     trained, averaged = {}, {}
     for notebook, given in commands:
@@ -78,19 +78,42 @@ def test_what_the_configuration_may_set_exists(tmp_path):
     assert done.returncode != 0 and "no notebook takes epoch" in done.stdout
 
 
-@pytest.mark.batch
 @pytest.mark.parametrize("gpu", [True, False])
 def test_a_gpu_is_used_by_one_notebook_at_a_time(gpu, tmp_path, monkeypatch):
-    """Where the driver's tool is found; the run itself ends at its first cell, for want of a folder."""
-    if not gpu and shutil.which("nvidia-smi"):
-        pytest.skip("this machine has a GPU: what happens without one cannot be seen here")
+    """Where the driver's tool is found, Snakemake is given one GPU to lend."""
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
     tool.touch(mode=0o755 if gpu else 0o644)
-    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
-    done = batch(tmp_path, configuration(tmp_path, {"folder": str(tmp_path / "nowhere")}, "birds"))
-    assert bool(re.search(r"Provided resources: gpu=.*1", done.stdout)) == gpu
-    assert "nowhere/train does not exist" in done.stdout.splitlines()[-1]
+    monkeypatch.setenv("PATH", str(tool.parent))
+    given = []
+    monkeypatch.setattr("snakemake.cli.main", given.extend)
+    assert workflow.run(configuration(tmp_path), tmp_path / "runs", tmp_path / "figures", ["--cores", "2"]) == 0
+    assert ("gpu=1" in given) == gpu and given.count("--cores") == 1
+
+
+@pytest.mark.batch
+def test_a_notebook_depends_on_what_it_imports(tmp_path):
+    """Training on data, networks and the loop; not on the views of an explanation, nor on k-means."""
+    text = batch(tmp_path, configuration(tmp_path), "--dry-run").stdout
+    of = {
+        rule: {file.removeprefix("kmex_utils/") for file in re.findall(rf"{paths.ROOT}/(\S+?\.py)", inputs)}
+        for rule, inputs in re.findall(r"^rule (\w+):\n    input: (.+)$", text, re.M)
+    }
+    data = {"data/__init__.py", "data/dataset.py", "data/reading.py", "networks/watch.py", "networks/checkpoints.py"}
+    explained = {"method/kmeans.py", "method/products.py", "explanation/passed.py", "explanation/explained.py"}
+    for rule, modules in (
+        ("train", data | {"notebooks/01_train.py", "training/sgd.py", "training/loop.py", "training/batches.py"}),
+        ("kmex", data | explained),
+        ("encoder", data | explained | {"method/composite.py", "paper/runs.py"}),
+        ("protopnet", data | {"training/protopnet/schedule.py", "training/loop.py", "method/kmeans.py"}),
+        ("accuracy", {"paper/published.py"}),
+        ("interpretation", {"explanation/figure1.py", "drawing.py", "method/attribution.py"}),
+    ):
+        assert modules <= of[rule], rule
+    for rule in ("train", "kmex", "encoder", "protopnet"):
+        assert not {"explanation/export.py", "explanation/report.py", "explanation/figure1.py", "paper/figures.py"} & of[rule]
+    assert not {"method/kmeans.py", "explanation/explained.py", "paper/runs.py"} & of["train"]
+    assert not {"training/sgd.py", "training/protopnet/model.py"} & of["encoder"]
 
 
 def tables(folder):
@@ -104,6 +127,41 @@ def wait_for(condition, process, seconds=240):
         time.sleep(0.2)
 
 
+def test_tables_are_compared_with_those_before(tmp_path):
+    """By model, in points and cosines, means and standard deviations; rows that have no counterpart are said."""
+    rows = [
+        ["mnist-mini", "CNN", "accuracy", "test", 96.5, 0.2, 2, 99.4],
+        ["mnist-mini", "ProtoPNet", "accuracy", "test", 96.0, 0.4, 2, 99.4],
+        ["mnist-mini", "ProtoPNet", "accuracy", "train", 98.0, 0.3, 2, 100.0],
+        ["mnist-mini", "ProtoPNet", "cos_class", "train", 0.88, 0.02, 2, 1.0],
+    ]
+    columns = ["dataset", "model", "metric", "split", "mean", "std", "n_seeds", "paper"]
+
+    def written(name, **changed):
+        content = [[*row[:4], *changed.get(f"{row[2]}_{row[3]}_{row[1]}", row[4:6]), *row[6:]] for row in rows]
+        file = tmp_path / name / "table2.csv"
+        file.parent.mkdir()
+        pd.DataFrame(content, columns=columns).to_csv(file, index=False)
+        return file
+
+    file = written("now")
+    assert list(workflow.comparison([file], {})) == []
+    assert list(workflow.comparison([file], {file: file.read_bytes()})) == [
+        "The tables are those there before, to the last digit."
+    ]
+    moved = written("then", accuracy_test_ProtoPNet=(96.2, 0.4), cos_class_train_ProtoPNet=(0.88, 0.021))
+    first, last = workflow.comparison([file], {file: moved.read_bytes()})
+    assert first == "ProtoPNet differs from the tables there before by at most 0.2 points and 0.001 in cosines."
+    assert "Another chip moves ProtoPNet alone" in last
+    rows = rows[1:]
+    fewer = written("fewer")
+    first, *_ = workflow.comparison([file], {file: fewer.read_bytes()})
+    assert "other models" in first
+    committed = paths.FIGURES / "mnist-mini" / "table2.csv"
+    assert workflow._committed(committed).startswith(b"dataset,model,")
+    assert workflow._committed(committed.with_name("nothing.csv")) == workflow._committed(file) == b""
+
+
 @pytest.mark.batch
 def test_kill_and_resume(tmp_path):
     """kill -9 in the middle of training: finished steps are kept, training continues, the tables are the same."""
@@ -113,6 +171,13 @@ def test_kill_and_resume(tmp_path):
     only = [str(whole / "figures" / "mnist-mini" / f"table{i}.csv") for i in (1, 2)]
     done = batch(whole, configuration(whole), *only, "--cores", "2")
     assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    for notebook in ("01_train", "07_accuracy"):
+        assert len([line for line in lines if re.match(rf"\d\d:\d\d:\d\d (start|done) .*/{notebook}.ipynb", line)]) == 2
+    assert len([line for line in lines if ": epoch " in line]) == 3
+    assert any(re.match(r"CNN +\d+\.\d \(100\.0\) +\d+\.\d \(99\.4\) +0\.\d\d \(0\.48\)", line) for line in lines)
+    assert f"Tables and figures: {whole}/figures/mnist-mini/." in done.stdout
+    assert not re.search("jobs to execute|Building DAG|KeyboardInterrupt|over TCP", done.stdout)
 
     config = configuration(cut)
     state = cut / "runs" / "mnist-mini" / "seed-0" / "training.safetensors"
@@ -132,11 +197,11 @@ def test_kill_and_resume(tmp_path):
     time.sleep(2)
     os.killpg(again.pid, signal.SIGKILL)
     again.wait()
-    trained = (results / "backbone.safetensors").stat().st_mtime_ns
+    trained = (results / "weights.safetensors").stat().st_mtime_ns
 
     last = batch(cut, config, "--cores", "2")
     assert last.returncode == 0, last.stdout
-    assert (results / "backbone.safetensors").stat().st_mtime_ns == trained, "a finished step was repeated"
+    assert (results / "weights.safetensors").stat().st_mtime_ns == trained, "a finished step was repeated"
     for ours, expected in zip(tables(cut), tables(whole), strict=True):
         pd.testing.assert_frame_equal(ours, expected)
     executed = json.loads((results / "notebooks" / "01_train.ipynb").read_text())

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from kmex_utils import paths, posthoc
+import kmex_utils as kmex
+from kmex_utils import paths
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -50,17 +51,16 @@ def notebook(material):
     return "own.ipynb"
 
 
-PATHS = {"checkpoint": "weights.safetensors", "classes": "classes.txt", "folder": "photos", "out": "out"}
+PATHS = {"weights": "weights.safetensors", "classes": "classes.txt", "folder": "photos", "out": "out"}
 
 
 @pytest.fixture(scope="module")
 def explorer(material):
     """The same in this process: what the functions return."""
     torch.set_num_threads(1)
-    network = posthoc.network(
-        "resnet18", material / "weights.safetensors", classes=material / "classes.txt", image_size=96
-    )
-    explained = posthoc.explain(network, material / "photos", prototypes_per_class=3, restarts=1, device="cpu")
+    weights, classes = material / "weights.safetensors", material / "classes.txt"
+    network = kmex.network("resnet18", weights, classes=classes, image_size=96)
+    explained = kmex.explain(network, material / "photos", prototypes_per_class=3, restarts=1, device="cpu")
     return explained.explorer()
 
 
@@ -170,14 +170,14 @@ def agrees(page, view):
     page.mouse.move(2, 2)
     page.locator(f'.kmex-explorer[data-name="{view["name"]}"][data-explainer="{view["explainer"]}"]').wait_for()
     page.wait_for_timeout(300)
-    found = shown(page, len(view["map"]))
+    seen = shown(page, len(view["map"]))
     colours = np.array([p["colour"] for p in view["prototypes"]])
-    assert np.array_equal(np.array(found["map"]), colours[np.array(view["map"])])
-    np.testing.assert_allclose(found["attribution"], view["attribution_colours"], atol=2)
-    assert found["strip"] == [p["patch"] for p in view["prototypes"]]
-    assert [b.split(" · ")[0] for b in found["buttons"]] == [p["class"] for p in view["prototypes"]]
-    assert found["target"] == view["target"] and view["predicted"] in found["heading"]
-    return found
+    assert np.array_equal(np.array(seen["map"]), colours[np.array(view["map"])])
+    np.testing.assert_allclose(seen["attribution"], view["attribution_colours"], atol=2)
+    assert seen["strip"] == [p["patch"] for p in view["prototypes"]]
+    assert [b.split(" · ")[0] for b in seen["buttons"]] == [p["class"] for p in view["prototypes"]]
+    assert seen["target"] == view["target"] and view["predicted"] in seen["heading"]
+    return seen
 
 
 def test_it_runs_and_shows_what_the_functions_return(page, explorer):
@@ -222,13 +222,13 @@ def test_hover_and_click_a_segment(page, explorer, panel):
         if detail.count():
             break
         page.mouse.move(2, 2)
-    found = shown(page)
-    assert f"prototype {expected['prototype']} of {expected['class']}" in found["detail"]
-    assert f"in {expected['shared']} of the class's {expected['images']} images" in found["detail"]
-    assert found["patches"] == [expected["patch"]]
+    seen = shown(page)
+    assert f"prototype {expected['prototype']} of {expected['class']}" in seen["detail"]
+    assert f"in {expected['shared']} of the class's {expected['images']} images" in seen["detail"]
+    assert seen["patches"] == [expected["patch"]]
     maps = explained.maps[2, "train"]
-    own = explained.dataset.train.labels == explained.dataset.classes.index(expected["class"])
-    assert expected["shared"] == int((maps[own] == expected["prototype"]).any(2).any(1).sum())
+    of_class = explained.dataset.train.labels == explained.classes.index(expected["class"])
+    assert expected["shared"] == int((maps[of_class] == expected["prototype"]).any(2).any(1).sum())
 
     canvas.click(position=at)
     nearest = explorer.patches(2, expected["prototype"])

@@ -1,4 +1,4 @@
-"""The operator of composite.py against eq. 7 and 8 written with loops."""
+"""The composite and its operator against eq. 7 and 8 written with loops."""
 
 import math
 
@@ -8,8 +8,9 @@ from conftest import blocks_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kmex_utils.composite import GRIDS, NORMS, SCALES, CompositeRows, Normalisation, composite
-from kmex_utils.kmeans import kmeans
+from kmex_utils.method.composite import GRIDS, NORMS, SCALES, Normalisation, composite
+from kmex_utils.method.kmeans import kmeans
+from kmex_utils.method.operator import CompositeRows
 
 
 def naive_composite(blocks, norm, scale, align_corners, grid="shallowest"):

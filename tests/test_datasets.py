@@ -6,14 +6,22 @@ import io
 import re
 import struct
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset
+from torchvision.datasets import ImageFolder
 
-from kmex_utils import datasets, paths
-from kmex_utils.datasets import RECIPES, augment, load
+from kmex_utils import paths
+from kmex_utils.data import Input, count, held_out, load, own_input, reading, reopen, sources
+from kmex_utils.store import load_json, save_json
+
+
+def of_size(image_size, name="birds", **changes):
+    return replace(own_input(name), image_size=image_size, **changes)
 
 
 def idx(array):
@@ -27,20 +35,20 @@ def mnist(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     arrays = {}
-    for stem, count in (("train", 30), ("t10k", 20)):
-        arrays[stem] = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+    for stem, number in (("train", 30), ("t10k", 20)):
+        arrays[stem] = generator.integers(0, 256, (number, 28, 28), dtype=np.uint8)
         (raw / f"{stem}-images-idx3-ubyte").write_bytes(idx(arrays[stem]))
-        (raw / f"{stem}-labels-idx1-ubyte").write_bytes(idx(np.arange(count, dtype=np.uint8) % 10))
+        (raw / f"{stem}-labels-idx1-ubyte").write_bytes(idx(np.arange(number, dtype=np.uint8) % 10))
     return tmp_path, arrays
 
 
 def test_mnist(mnist):
     root, arrays = mnist
-    found = load("mnist", data=root, image_size=28)
-    assert found.classes == tuple("0123456789")
-    assert np.array_equal(found.train.pixels[:, 0], arrays["train"])
-    assert np.array_equal(found.test.pixels[:, 0], arrays["t10k"])
-    assert found.test.labels.tolist() == [i % 10 for i in range(20)]
+    dataset = load("mnist", of_size(28, "mnist"), data=root)
+    assert dataset.classes == tuple("0123456789")
+    assert np.array_equal(dataset.train.pixels[:, 0], arrays["train"])
+    assert np.array_equal(dataset.test.pixels[:, 0], arrays["t10k"])
+    assert dataset.test.labels.tolist() == [i % 10 for i in range(20)]
     resized = load("mnist", data=root)
     assert resized.train.pixels.shape == (30, 1, 32, 32)
     (x, labels), *_ = resized.batches("train", 8)
@@ -58,20 +66,20 @@ def test_stl10(tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
     content = {"class_names.txt": b"airplane\nbird\ncar\ncat\ndeer\ndog\nhorse\nmonkey\nship\ntruck"}
     pixels = {}
-    for part, count in (("train", 20), ("test", 10), ("unlabeled", 1)):
-        pixels[part] = generator.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+    for part, number in (("train", 20), ("test", 10), ("unlabeled", 1)):
+        pixels[part] = generator.integers(0, 256, (number, 3, 96, 96), dtype=np.uint8)
         content[f"{part}_X.bin"] = pixels[part].tobytes()
-        content[f"{part}_y.bin"] = (np.arange(count, dtype=np.uint8) % 10 + 1).tobytes()
+        content[f"{part}_y.bin"] = (np.arange(number, dtype=np.uint8) % 10 + 1).tobytes()
     for name, bytes_ in content.items():
         (folder / name).write_bytes(bytes_)
     md5 = lambda name: hashlib.md5(content[name]).hexdigest()  # noqa: E731
     for attribute in ("train_list", "test_list"):
         monkeypatch.setattr(STL10, attribute, [[name, md5(name)] for name, _ in getattr(STL10, attribute)])
-    found = load("stl10", data=tmp_path)
-    assert found.classes[:2] == ("airplane", "bird") and found.train.labels[:3].tolist() == [0, 1, 2]
+    dataset = load("stl10", data=tmp_path)
+    assert dataset.classes[:2] == ("airplane", "bird") and dataset.train.labels[:3].tolist() == [0, 1, 2]
     # the official files store columns before rows
-    assert np.array_equal(found.train.pixels, pixels["train"].transpose(0, 1, 3, 2))
-    assert len(found.test) == 10
+    assert np.array_equal(dataset.train.pixels, pixels["train"].transpose(0, 1, 3, 2))
+    assert len(dataset.test) == 10
 
 
 @pytest.fixture
@@ -101,19 +109,19 @@ def cub(tmp_path):
 
 
 def test_cub200(cub):
-    found = load("cub200", data=cub, image_size=32)
-    assert found.classes == ("Black_footed_Albatross", "Baird_Sparrow", "Black_throated_Sparrow")
-    assert (len(found.train), len(found.test)) == (9, 3)
-    assert found.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert found.train.pixels.mean() < 100
-    assert found.train.names[0] == "001.Black_footed_Albatross/Black_footed_Albatross_0000.jpg"
+    dataset = load("cub200", of_size(32, "cub200"), data=cub)
+    assert dataset.classes == ("Black_footed_Albatross", "Baird_Sparrow", "Black_throated_Sparrow")
+    assert (len(dataset.train), len(dataset.test)) == (9, 3)
+    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert dataset.train.pixels.mean() < 100
+    assert dataset.train.names[0] == "001.Black_footed_Albatross/Black_footed_Albatross_0000.jpg"
 
 
 def test_cub200_crop_and_class_group(cub):
-    found = load("cub200", data=cub, image_size=32, crop=True, classes="*Sparrow")
-    assert found.classes == ("Baird_Sparrow", "Black_throated_Sparrow")
-    assert found.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert found.train.pixels.mean() > 240  # only what the box holds
+    dataset = load("cub200", of_size(32, "cub200"), data=cub, crop=True, classes="*Sparrow")
+    assert dataset.classes == ("Baird_Sparrow", "Black_throated_Sparrow")
+    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert dataset.train.pixels.mean() > 240  # only what the box holds
 
 
 def test_cub200_from_the_archive(cub, tmp_path_factory, monkeypatch):
@@ -123,8 +131,8 @@ def test_cub200_from_the_archive(cub, tmp_path_factory, monkeypatch):
         tar.add(cub / "CUB_200_2011", "CUB_200_2011")
     with pytest.raises(ValueError, match="not the official CUB-200-2011 archive"):
         load("cub200", data=data)
-    monkeypatch.setattr(datasets, "CUB_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
-    assert len(load("cub200", data=data, image_size=16).train) == 9
+    monkeypatch.setattr(sources, "CUB_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    assert len(load("cub200", of_size(16, "cub200"), data=data).train) == 9
 
 
 def test_an_archive_that_leaves_its_folder_is_refused(tmp_path, monkeypatch):
@@ -133,19 +141,19 @@ def test_an_archive_that_leaves_its_folder_is_refused(tmp_path, monkeypatch):
         info = tarfile.TarInfo("../outside.txt")
         info.size = 4
         tar.addfile(info, io.BytesIO(b"evil"))
-    monkeypatch.setattr(datasets, "CUB_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(sources, "CUB_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
     with pytest.raises(tarfile.OutsideDestinationError):
-        datasets.extract_cub(archive, tmp_path / "data")
+        sources.extract_cub(archive, tmp_path / "data")
     assert not (tmp_path / "outside.txt").exists()
 
 
 def test_mnist_mini_is_official_mnist():
-    found = load("mnist-mini", image_size=28)
-    assert (len(found.train), len(found.test)) == (2500, 1500)
-    assert torch.bincount(found.train.labels).tolist() == [250] * 10
-    assert torch.bincount(found.test.labels).tolist() == [150] * 10
-    assert len(set(found.train.names)) == 2500 and max(map(int, found.train.names)) < 60_000
-    assert max(map(int, found.test.names)) < 10_000
+    dataset = load("mnist-mini", of_size(28, "mnist-mini"))
+    assert (len(dataset.train), len(dataset.test)) == (2500, 1500)
+    assert torch.bincount(dataset.train.labels).tolist() == [250] * 10
+    assert torch.bincount(dataset.test.labels).tolist() == [150] * 10
+    assert len(set(dataset.train.names)) == 2500 and max(map(int, dataset.train.names)) < 60_000
+    assert max(map(int, dataset.test.names)) < 10_000
     assert paths.MNIST_MINI.stat().st_size < 1.2e6
     assert hashlib.sha256(paths.MNIST_MINI.read_bytes()).hexdigest() in (paths.DATA / "README.md").read_text()
 
@@ -159,76 +167,250 @@ def test_a_damaged_mnist_mini_is_named(tmp_path, monkeypatch):
 
 
 def test_own_folder(folder, tmp_path):
-    found = load("birds", folder, image_size=24, data=tmp_path)
-    assert found.classes == ("blue bird", "red")
-    assert found.train.pixels.shape == (12, 3, 24, 24)
-    assert found.train.labels.tolist() == [0] * 6 + [1] * 6
-    assert found.train.pixels[:6, 2].mean() > 150 > 80 > found.train.pixels[:6, 0].mean()
-    assert found.train.names[0] == "train/blue bird/0.png"
-    assert found.recipe.image_size == 24
+    dataset = load(folder, of_size(24), data=tmp_path)
+    assert (dataset.name, dataset.classes) == ("birds", ("blue bird", "red"))
+    assert dataset.train.pixels.shape == (12, 3, 24, 24)
+    assert dataset.train.labels.tolist() == [0] * 6 + [1] * 6
+    assert dataset.train.pixels[:6, 2].mean() > 150 > 80 > dataset.train.pixels[:6, 0].mean()
+    assert dataset.train.names[0] == "train/blue bird/0.png"
+    assert dataset.input == Input(24, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "stretch")
     # decoded once: the second load reads the same file
     caches = list((tmp_path / "cache").iterdir())
     stamps = [file.stat().st_mtime_ns for file in caches]
-    load("birds", folder, image_size=24, data=tmp_path)
+    load(folder, of_size(24), data=tmp_path)
     assert [file.stat().st_mtime_ns for file in caches] == stamps and len(caches) == 2
+    load(folder, of_size(24, fit="crop"), data=tmp_path)
+    assert len(list((tmp_path / "cache").iterdir())) == 4, "another fit has other pixels"
+
+
+def test_a_known_name_lends_a_folder_its_input(folder):
+    assert load(folder, name="mnist", data=None).input == load("mnist-mini", of_size(32, "mnist-mini")).input
 
 
 def test_a_changed_image_is_decoded_again(folder, tmp_path):
-    before = load("birds", folder, image_size=8, data=tmp_path).train.pixels[0].copy()
+    before = load(folder, of_size(8), data=tmp_path).train.pixels[0].copy()
     Image.new("RGB", (10, 10), (0, 255, 0)).save(folder / "train" / "blue bird" / "0.png")
-    after = load("birds", folder, image_size=8, data=tmp_path).train.pixels[0]
+    after = load(folder, of_size(8), data=tmp_path).train.pixels[0]
     assert not np.array_equal(before, after) and after[1].min() == 255
 
 
 def test_images_per_class(folder, tmp_path):
-    found = load("birds", folder, image_size=8, images_per_class=2, data=tmp_path)
-    assert found.train.labels.tolist() == [0, 0, 1, 1] and found.test.labels.tolist() == [0, 0, 1, 1]
+    dataset = load(folder, of_size(8), images_per_class=2, data=tmp_path)
+    assert dataset.train.labels.tolist() == [0, 0, 1, 1] and dataset.test.labels.tolist() == [0, 0, 1, 1]
+    assert dataset.train.names[2:] == ("train/red/0.png", "train/red/1.png")
+
+
+def test_held_out_images_are_a_random_share_of_each_class():
+    labels = np.array([0] * 20 + [1] * 7 + [2] + [-1] * 5)
+    mask = held_out(labels, 0.3, seed=0)
+    assert [int(mask[labels == c].sum()) for c in (0, 1, 2, -1)] == [6, 2, 0, 1]
+    assert np.array_equal(mask, held_out(labels, 0.3, seed=0))
+    assert not np.array_equal(mask, held_out(labels, 0.3, seed=1))
+    chosen = np.mean([held_out(labels, 0.3, seed)[:20] for seed in range(400)], 0)
+    assert np.abs(chosen - 0.3).max() < 0.12, "every image has the same chance"
+    assert not held_out(labels, 0.0, 0).any() and held_out(labels, 0.99, 0).sum() == 19 + 6 + 0 + 4
 
 
 def test_validation_comes_from_the_training_images_alone(folder, tmp_path):
-    """The last third of each class stands in for the test images, of which a broken one goes unnoticed."""
-    whole = load("birds", folder, image_size=16, data=tmp_path).train
+    """A third of each class stands in for the test images, of which a broken one goes unnoticed."""
+    whole = load(folder, of_size(16), data=tmp_path).train
     (folder / "test" / "red" / "0.png").write_bytes(b"broken")
-    found = load("birds", folder, image_size=16, validation=1 / 3, data=tmp_path)
-    kept = [f"train/{name}/{i}.png" for name in ("blue bird", "red") for i in range(4)]
-    held = [f"train/{name}/{i}.png" for name in ("blue bird", "red") for i in (4, 5)]
-    assert found.train.names == tuple(kept) and found.test.names == tuple(held)
-    for split in (found.train, found.test):
-        index = [whole.names.index(name) for name in split.names]
+    dataset = load(folder, of_size(16), validation=1 / 3, seed=3, data=tmp_path)
+    mask = held_out(whole.labels.numpy(), 1 / 3, 3)
+    for split, index in ((dataset.train, np.flatnonzero(~mask)), (dataset.test, np.flatnonzero(mask))):
+        assert torch.bincount(split.labels).tolist() == [len(index) // 2] * 2
+        assert split.names == tuple(whole.names[i] for i in index)
         np.testing.assert_array_equal(split.pixels, whole.pixels[index])
         assert torch.equal(split.labels, whole.labels[index])
     with pytest.raises(ValueError, match="leaves a class without"):
-        load("birds", folder, image_size=16, validation=0.01, data=tmp_path)
+        load(folder, of_size(16), validation=0.01, data=tmp_path)
 
 
-def test_augmentation_can_be_chosen(folder, tmp_path):
-    own = load("birds", folder, data=tmp_path).recipe
-    chosen = load("birds", folder, flip=0.0, padding=3, data=tmp_path).recipe
-    assert (own.flip, own.padding) == (RECIPES["folder"].flip, RECIPES["folder"].padding)
-    assert (chosen.flip, chosen.padding) == (0.0, 3)
+def test_a_share_is_held_out_where_there_is_no_test_split(folder, tmp_path):
+    dataset = load(folder / "train", of_size(8), held_out=0.5, seed=1, data=tmp_path)
+    mask = held_out(np.repeat([0, 1], 6), 0.5, 1)
+    names = [f"{c}/{i}.png" for c in ("blue bird", "red") for i in range(6)]
+    assert dataset.test.names == tuple(name for name, is_test in zip(names, mask, strict=True) if is_test)
+    assert not set(dataset.train.names) & set(dataset.test.names) and len(dataset.train) == len(dataset.test) == 6
+    assert len(load(folder, of_size(8), held_out=0.5, data=tmp_path).test) == 6, "test/ itself"
+
+
+@pytest.mark.parametrize("choice", [{}, {"images_per_class": 2}, {"validation": 0.5, "seed": 3}])
+def test_images_are_counted_as_they_are_loaded(choice, folder, tmp_path):
+    for source, more in ((folder, {}), (folder / "train", {"held_out": 0.4}), ("mnist-mini", {"classes": "3,7"})):
+        dataset = load(source, of_size(8), **choice, **more, data=tmp_path)
+        expected = (len(dataset.train), len(dataset.test), len(dataset.classes))
+        assert count(source, **choice, **more) == expected
+    assert count("mnist-mini") == (2500, 1500, 10)
+
+
+def test_what_is_not_yet_downloaded_is_counted(no_network):
+    assert count("mnist", classes="3,7", images_per_class=5) == (10, 10, 2)
+    assert count("cub200", classes="*Sparrow") == (5994, 5794, 200)
+    train, test, classes = count("stl10", validation=0.2)
+    assert (train, test, classes) == (4000, 1000, 10)
+
+
+@pytest.mark.parametrize(
+    ("where", "choice"),
+    [
+        ("", {}),
+        ("", {"validation": 0.4, "seed": 5, "classes": "*i*, red"}),
+        ("train", {"held_out": 0.4, "seed": 2, "strict": False, "needs_labels": False, "data": None}),
+        ("train/red", {"held_out": 0.4, "strict": False, "needs_labels": False, "data": None}),
+        ("mnist-mini", {"classes": "1,[3-5]", "images_per_class": 4}),
+    ],
+)
+def test_a_data_set_is_reopened_from_its_settings(where, choice, folder, tmp_path):
+    source = where if where == "mnist-mini" else folder / where
+    dataset = load(source, of_size(12, fit="crop"), **{"data": tmp_path / "data", **choice})
+    save_json(tmp_path / "settings.json", dataset.settings)
+    settings = load_json(tmp_path / "settings.json")
+    assert settings == dataset.settings, "plain JSON"
+    again = reopen(settings)
+    assert (again.name, again.classes, again.input, again.settings) == (
+        dataset.name,
+        dataset.classes,
+        dataset.input,
+        dataset.settings,
+    )
+    for split in ("train", "test"):
+        assert np.array_equal(again.split(split).pixels, dataset.split(split).pixels)
+        assert torch.equal(again.split(split).labels, dataset.split(split).labels)
+        assert again.split(split).names == dataset.split(split).names
+
+
+def test_settings_are_resolved(folder, tmp_path, monkeypatch):
+    """Values, not what stands for them; places in the repository without this machine's path to it."""
+    settings = load("mnist-mini", images_per_class=2).settings
+    assert settings["input"] == {"image_size": 56, "mean": [0.13269] * 3, "std": [0.29185] * 3, "fit": "stretch"}
+    assert settings["classes"] == list("0123456789") and (settings["source"], settings["data"]) == (
+        "mnist-mini",
+        "data",
+    )
+    monkeypatch.setattr(paths, "ROOT", folder.parent)
+    monkeypatch.chdir(folder / "train")
+    for given, settled in (("birds", "birds"), (folder, "birds"), (".", "birds/train")):
+        settings = load(given, of_size(8), held_out=0.5, data="kept").settings
+        assert (settings["source"], settings["data"]) == (settled, "kept")
+        assert reopen(settings).settings == settings
+    assert (folder.parent / "kept" / "cache").is_dir()
+    monkeypatch.setattr(paths, "ROOT", tmp_path / "installed")
+    assert load(".", of_size(8), held_out=0.5, data=None).settings["source"] == str(folder / "train")
+
+
+# --- one's own torch data set -------------------------------------------------------------------------------------
+
+
+def test_a_torch_data_set_is_read_as_its_folder(folder):
+    """torchvision's ImageFolder opens the files itself; the pixels are the folder's."""
+    expected = load(folder, of_size(16), data=None)
+    pair = ImageFolder(folder / "train"), ImageFolder(folder / "test")
+    dataset = load(pair, of_size(16))
+    assert (dataset.name, dataset.classes) == ("ImageFolder", ("blue bird", "red"))
+    for split in ("train", "test"):
+        assert np.array_equal(dataset.split(split).pixels, expected.split(split).pixels)
+        assert torch.equal(dataset.split(split).labels, expected.split(split).labels)
+    assert dataset.settings is None
+    with pytest.raises(ValueError, match="a torch data set is not found by its settings: give it again"):
+        reopen(dataset.settings)
+    alone = load(pair[0], of_size(16), held_out=0.5, seed=1, classes="red,blue*", name="own")
+    mask = held_out(expected.train.labels.numpy(), 0.5, 1)
+    assert np.array_equal(alone.test.pixels, expected.train.pixels[mask]) and alone.name == "own"
+    part = load(Subset(pair[0], [0, 1, 6, 7]), of_size(16), held_out=0.5)
+    assert part.classes == ("blue bird", "red") and part.train.labels.tolist() == [0, 1]
+
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        if isinstance(self.items[i], Exception):
+            raise self.items[i]
+        return self.items[i]
+
+
+def test_arrays_and_tensors_of_either_order():
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 12, 3), np.uint8)
+    turned = pixels.transpose(2, 0, 1)
+    images = [Image.fromarray(pixels), pixels, turned, torch.from_numpy(pixels), torch.from_numpy(turned.copy())]
+    items = [(image, label) for label in (3, 7) for image in images] + [
+        (pixels, np.int64(3)),
+        (pixels, torch.tensor(7)),
+    ]
+    dataset = load(Items(items), of_size(9), strict=False, log=str)
+    assert dataset.classes == ("3", "7") and dataset.train.labels.tolist() == [0] * 5 + [1] * 5 + [0, 1]
+    assert all(np.array_equal(other, dataset.train.pixels[0]) for other in dataset.train.pixels)
+    unlabelled = load(Items([(pixels, -1)] * 3), of_size(9), strict=False, needs_labels=False)
+    assert unlabelled.classes == () and unlabelled.train.labels.tolist() == [-1] * 3
+
+
+def test_unreadable_items_stop_or_are_left_out():
+    good = np.zeros((8, 8, 3), np.uint8)
+    items = Items([(good, 0), OSError("image file is truncated"), (good, 1), (good, 1), (good, 0)])
+    with pytest.raises(ValueError, match=r"1 of 5 images cannot be read; .*image 1 \(image file is truncated\)"):
+        load(items, of_size(8), held_out=0.5)
+    said = []
+    dataset = load(items, of_size(8), held_out=0.5, strict=False, log=said.append)
+    assert sorted(dataset.train.names + dataset.test.names) == ["0", "2", "3", "4"]
+    assert said == ["cannot read image 1: image file is truncated", "1 of 5 images cannot be read and are left out"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (Items([(torch.zeros(3, 8, 8), 0)]), "got float32 [3, 8, 8]: drop ToTensor and Normalize from its transforms"),
+        (Items([(np.zeros((8, 8, 5), np.uint8), 0)]), "uint8 [H, W, 3] or [3, H, W], got uint8 [8, 8, 5]"),
+        (Items([{"image": 0}]), "items must be (image, integer label), got <class 'dict'>"),
+        (Items([(np.zeros((8, 8, 3), np.uint8), 0.5)]), "items must be (image, integer label)"),
+        (Items([(np.zeros((8, 8, 3), np.uint8), 0)] * 3), "labels must be 0, 1 … of at least two classes, got [0]"),
+        (Items([(np.zeros((8, 8, 3), np.uint8), c) for c in (-1, 0)]), "labels must be 0, 1 … of at least two"),
+        (
+            tuple(Items([(np.zeros((8, 8, 3), np.uint8), c) for c in labels]) for labels in ((0, 1), (1, 2))),
+            "the test images have labels that the training images lack: [2]",
+        ),
+        (5, "give a known name, a folder, a torch data set or a pair (train, test), got <class 'int'>"),
+    ],
+)
+def test_items_that_do_not_do(source, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        load(source, of_size(8), held_out=0.5)
+
+
+def test_many_images_of_a_torch_data_set_stay_out_of_memory(tmp_path, monkeypatch):
+    items = Items([(np.full((8, 8, 3), i, np.uint8), i % 2) for i in range(10)])
+    expected = load(items, of_size(8), held_out=0.4)
+    monkeypatch.setattr(reading, "IN_MEMORY", 0)
+    dataset = load(items, of_size(8), held_out=0.4, scratch=tmp_path)
+    for split in ("train", "test"):
+        assert isinstance(dataset.split(split).pixels, np.memmap)
+        assert np.array_equal(dataset.split(split).pixels, expected.split(split).pixels)
 
 
 def test_unreadable_images_are_named(folder, tmp_path):
     (folder / "train" / "red" / "0.png").write_bytes(b"")
     (folder / "train" / "red" / "1.png").write_bytes((folder / "train" / "red" / "2.png").read_bytes()[:200])
     with pytest.raises(ValueError, match=r"2 of 12 images cannot be read; .*0\.png.*1\.png"):
-        load("birds", folder, image_size=8, data=tmp_path)
+        load(folder, of_size(8), data=tmp_path)
     assert not list((tmp_path / "cache").glob("*train*")), "nothing half-written may stay"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(name="minst"), "unknown dataset 'minst': use one of mnist-mini, mnist"),
-        (dict(name="folder"), "needs `folder`"),
-        (dict(name="birds", folder="nowhere"), "nowhere/train does not exist"),
-        (dict(name="mnist-mini", crop=True), "`crop` cuts to CUB-200's"),
-        (dict(name="mnist-mini", image_size=-1), "must be 0"),
-        (dict(name="mnist-mini", validation=1.0), "validation must be a share"),
-        (dict(name="mnist-mini", flip=2.0), "flip must be a probability"),
-        (dict(name="mnist-mini", padding=-2), "padding pixels"),
-        (dict(name="mnist-mini", classes="eleven"), "no class matches 'eleven'"),
-        (dict(name="mnist-mini", classes="3"), "keep at least two classes"),
+        (dict(source="minst"), "unknown dataset 'minst': use one of mnist-mini, mnist"),
+        (dict(source="no/where"), "no/where does not exist or is not a folder: give a folder of images"),
+        (dict(source="mnist-mini", crop=True), "`crop` cuts to CUB-200's"),
+        (dict(source="mnist-mini", images_per_class=-1), "must be 0"),
+        (dict(source="mnist-mini", validation=1.0), "validation must be a share"),
+        (dict(source="mnist-mini", held_out=-0.1), "held_out must be a share"),
+        (dict(source="mnist-mini", classes="eleven"), "no class matches 'eleven'"),
+        (dict(source="mnist-mini", classes="3"), "keep at least two classes"),
+        (dict(source="mnist-mini", classes=["3"]), "keep at least two classes"),
     ],
 )
 def test_bad_choices(arguments, message):
@@ -236,56 +418,29 @@ def test_bad_choices(arguments, message):
         load(**arguments)
 
 
-def test_a_folder_without_enough_classes(tmp_path):
-    for split in ("train", "test"):
-        (tmp_path / split / "only").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds 1 class folders; at least two"):
-        load("mine", tmp_path, data=tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 0}, "image_size must be at least 1"),
+        ({"mean": (0.5,)}, "mean and std must be of R, G and B"),
+        ({"std": (0.0,) * 3}, "std positive"),
+        ({"fit": "pad"}, "fit must be crop or stretch"),
+    ],
+)
+def test_bad_inputs(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        replace(own_input("mnist"), **changes)
+
+
+def test_own_inputs_are_the_papers():
+    assert [own_input(name).image_size for name in ("mnist", "stl10", "cub200", "birds")] == [32, 96, 224, 224]
+    assert own_input("mnist").mean == own_input("mnist-mini").mean == (0.13269,) * 3
 
 
 def test_without_a_network_the_file_to_place_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "CUB_URL", "http://127.0.0.1:9/CUB_200_2011.tgz")
+    monkeypatch.setattr(sources, "CUB_URL", "http://127.0.0.1:9/CUB_200_2011.tgz")
     with pytest.raises(ConnectionError, match=re.escape(f"put CUB_200_2011.tgz into {tmp_path}")):
         load("cub200", data=tmp_path)
-
-
-def test_training_batches_depend_on_seed_and_epoch_only():
-    found = load("mnist-mini", image_size=28)
-    first = [labels.tolist() for _, labels in found.training_batches(256, seed=1, epoch=2)]
-    again = [labels.tolist() for _, labels in found.training_batches(256, seed=1, epoch=2)]
-    other = [labels.tolist() for _, labels in found.training_batches(256, seed=1, epoch=3)]
-    assert first == again != other
-    assert len(first) == 2500 // 256 and all(len(labels) == 256 for labels in first)
-
-
-def test_augmentation_flips_and_shifts():
-    x = torch.arange(2 * 3 * 5 * 6, dtype=torch.uint8).view(2, 3, 5, 6)
-    flipped = augment(x, 1.0, 0, torch.Generator().manual_seed(0))
-    assert torch.equal(flipped, x.flip(3))
-    padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
-    crops = {(i, j): padded[:, :, i : i + 5, j : j + 6] for i in range(5) for j in range(5)}
-    seen = set()
-    for seed in range(40):
-        moved = augment(x, 0.0, 2, torch.Generator().manual_seed(seed))
-        for n in range(2):
-            matches = [shift for shift, crop in crops.items() if torch.equal(crop[n], moved[n])]
-            assert len(matches) == 1
-            seen.add(matches[0])
-    assert len(seen) > 15
-
-
-def test_recipes_are_the_papers():
-    assert (RECIPES["mnist"].image_size, RECIPES["mnist"].epochs, RECIPES["mnist"].prototypes_per_class) == (32, 10, 5)
-    assert (RECIPES["stl10"].image_size, RECIPES["stl10"].epochs, RECIPES["stl10"].padding) == (96, 30, 2)
-    assert (RECIPES["cub200"].image_size, RECIPES["cub200"].prototypes_per_class) == (224, 10)
-    for name in ("mnist", "stl10", "cub200"):
-        recipe = RECIPES[name]
-        assert (recipe.weights, recipe.batch_size, recipe.learning_rate, recipe.momentum) == (
-            "imagenet",
-            128,
-            0.01,
-            0.5,
-        )
 
 
 def test_gz_files_that_are_not_the_official_ones_are_refused(mnist, no_network):

@@ -4,11 +4,12 @@ import pytest
 import torch
 from conftest import blocks_of
 
-from kmex_utils.attribution import attribution, attributions, segment_mean, upsample
-from kmex_utils.backbones import avg_pool, resnet
-from kmex_utils.composite import Normalisation, composite
-from kmex_utils.explainers import CNNAsSEM, EncoderKMeans, KMEx, block_name
-from kmex_utils.kmeans import Prototypes
+from kmex_utils import networks
+from kmex_utils.data import own_input
+from kmex_utils.method.attribution import attribution, attributions, segment_mean, upsample
+from kmex_utils.method.composite import GRIDS, PRINTED, Normalisation, composite
+from kmex_utils.method.explainers import CNNAsSEM, EncoderKMeans, KMEx, avg_pool, block_name
+from kmex_utils.method.prototypes import Prototypes
 
 
 def prototypes(vectors, labels):
@@ -19,11 +20,11 @@ def prototypes(vectors, labels):
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
 @pytest.mark.parametrize("size", [(64, 64), (75, 50)])
 def test_theorem_1(arch, size):
-    backbone = resnet(arch, 7, seed=1).eval()
+    network = networks.for_training(arch, tuple("abcdefg"), "scratch", own_input("mnist"), seed=1).eval()
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        y = backbone(x)
-        sem = CNNAsSEM(backbone.c)(backbone.activations(x))
+        activations, y = network.outputs(x)
+        sem = CNNAsSEM(network.c)(activations)
     torch.testing.assert_close(sem, y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
     assert y.std() > 0
 
@@ -111,8 +112,8 @@ def test_eq_11():
             for j in range(4):
                 expected = (h[n, :, i, j] @ c[n] / (c[n] @ c[n])).item()
                 assert att[n, i, j].item() == pytest.approx(expected, abs=1e-5)
-    own = attribution(c[:, :, None, None].expand(-1, -1, 2, 2), c)
-    torch.testing.assert_close(own, torch.ones(2, 2, 2))
+    of_itself = attribution(c[:, :, None, None].expand(-1, -1, 2, 2), c)
+    torch.testing.assert_close(of_itself, torch.ones(2, 2, 2))
 
 
 def test_segment_mean_by_definition():
@@ -127,14 +128,14 @@ def test_segment_mean_by_definition():
                 torch.testing.assert_close(mean[n, i, j], expected)
 
 
-def explainers_for(blocks, k=6):
+def explainers_for(blocks, normalisation=PRINTED):
     generator = torch.Generator().manual_seed(1)
-    found = {}
+    explainers = {}
     for b in (1, 2, 3):
-        q = composite(blocks[b - 1 :]).flatten(0, 1)
-        chosen = q[torch.randint(len(q), (k,), generator=generator)]
-        found[b] = EncoderKMeans(prototypes(chosen, [0, 0, 1, 1, 2, 2]), 3, b, Normalisation())
-    return found
+        q = composite(blocks[b - 1 :], normalisation).flatten(0, 1)
+        vectors = q[torch.randint(len(q), (6,), generator=generator)]
+        explainers[b] = EncoderKMeans(prototypes(vectors, [0, 0, 1, 1, 2, 2]), 3, b, normalisation)
+    return explainers
 
 
 @pytest.mark.parametrize("start", ["segments", "raw"])
@@ -155,6 +156,14 @@ def test_attribution_recursion(start):
     for b, att in maps.items():
         torch.testing.assert_close(att, expected[b])
         assert len(att[0].unique()) <= len(segments[b][0].unique()) or start == "raw"
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_attribution_has_the_grid_of_the_map(grid):
+    blocks = blocks_of(n=2, sizes=((8, 8), (4, 4), (2, 2)))
+    explainers = explainers_for(blocks, Normalisation(grid=grid))
+    maps = attributions(blocks, torch.randn(3, 8), torch.tensor([2, 0]), explainers)
+    assert {b: att.shape for b, att in maps.items()} == {b: e.sim(e.h(blocks)).shape for b, e in explainers.items()}
 
 
 def test_segment_means_keep_the_image_mean():

@@ -1,12 +1,17 @@
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 from conftest import blocks_of
 from sklearn.cluster import KMeans
 
-from kmex_utils import kmeans as module
-from kmex_utils.composite import CompositeRows, Normalisation, composite
-from kmex_utils.kmeans import DenseRows, Prototypes, classwise, kmeans
+from kmex_utils.hardware import pick_device
+from kmex_utils.method import products
+from kmex_utils.method.composite import Normalisation, composite
+from kmex_utils.method.kmeans import DenseRows, kmeans
+from kmex_utils.method.operator import CompositeRows
+from kmex_utils.method.prototypes import Prototypes, classwise
 
 
 def clouds(k=4, n=50, dim=6, spread=0.3, seed=0):
@@ -35,10 +40,10 @@ def test_restarts_reach_scikit_learns_inertia():
 
 def test_separated_clouds_are_found():
     x = clouds()
-    found = kmeans(DenseRows(x), 4)
-    assert found.sizes.tolist() == [50] * 4
+    clusters = kmeans(DenseRows(x), 4)
+    assert clusters.sizes.tolist() == [50] * 4
     means = x.view(4, 50, -1).mean(1)
-    assert torch.cdist(found.centroids, means).min(1).values.max() < 1e-4
+    assert torch.cdist(clusters.centroids, means).min(1).values.max() < 1e-4
 
 
 @pytest.mark.parametrize("norm", ["position", "channel", "image"])
@@ -55,10 +60,10 @@ def test_composite_without_the_matrix_is_scikit_learn_on_it(norm):
 
 def test_nearest_row_and_inertia_by_definition():
     x = clouds()
-    found = kmeans(DenseRows(x), 4)
-    distance = torch.cdist(x, found.centroids, compute_mode="donot_use_mm_for_euclid_dist").double()
-    assert found.nearest.tolist() == distance.argmin(0).tolist()
-    assert found.inertia == pytest.approx(distance.min(1).values.square().sum().item(), rel=1e-5)
+    clusters = kmeans(DenseRows(x), 4)
+    distance = torch.cdist(x, clusters.centroids, compute_mode="donot_use_mm_for_euclid_dist").double()
+    assert clusters.nearest.tolist() == distance.argmin(0).tolist()
+    assert clusters.inertia == pytest.approx(distance.min(1).values.square().sum().item(), rel=1e-5)
 
 
 def test_same_seed_same_result_other_seed_other_draws():
@@ -89,15 +94,15 @@ def test_scale_of_the_data_does_not_matter():
 
 def test_an_empty_cluster_moves_to_the_farthest_row():
     x = torch.tensor([[0.0], [0.1], [0.2], [5.0]])
-    found = kmeans(DenseRows(x), 2, start=torch.tensor([[0.1], [100.0]]))
-    assert sorted(found.centroids.flatten().tolist()) == pytest.approx([0.1, 5.0])
+    clusters = kmeans(DenseRows(x), 2, start=torch.tensor([[0.1], [100.0]]))
+    assert sorted(clusters.centroids.flatten().tolist()) == pytest.approx([0.1, 5.0])
 
 
 def test_k_equal_to_the_rows_and_duplicates():
     x = torch.rand(6, 3, generator=torch.Generator().manual_seed(0))
-    found = kmeans(DenseRows(x), 6)
-    assert found.inertia == pytest.approx(0, abs=1e-9)
-    assert sorted(found.nearest.tolist()) == list(range(6))
+    clusters = kmeans(DenseRows(x), 6)
+    assert clusters.inertia == pytest.approx(0, abs=1e-9)
+    assert sorted(clusters.nearest.tolist()) == list(range(6))
     same = kmeans(DenseRows(torch.ones(5, 2)), 3)
     assert torch.equal(same.centroids, torch.ones(3, 2)) and same.sizes.sum() == 5
 
@@ -117,25 +122,25 @@ def test_classwise_clusters_each_class_by_itself():
     x, labels = clouds(k=6, n=20), torch.arange(6).repeat_interleave(20) % 3
     order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
     x, labels = x[order], labels[order]
-    found = classwise(lambda index: DenseRows(x[index]), labels, "abc", 2)
-    assert found.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert found.sizes.tolist() == [20] * 6
+    p = classwise(lambda index: DenseRows(x[index]), labels, "abc", 2)
+    assert p.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert p.sizes.tolist() == [20] * 6
     for k in range(6):
-        own = (labels == found.labels[k]).nonzero().flatten()
-        nearest = own[(x[own] - found.vectors[k]).norm(dim=1).argmin()]
-        assert found.image[k] == nearest and found.position[k] == 0
+        members = (labels == p.labels[k]).nonzero().flatten()
+        nearest = members[(x[members] - p.vectors[k]).norm(dim=1).argmin()]
+        assert p.image[k] == nearest and p.position[k] == 0
 
 
 def test_classwise_positions_point_into_the_grid():
     blocks = blocks_of(n=8, seed=1)
     labels = torch.tensor([0, 1] * 4)
-    found = classwise(lambda index: CompositeRows([x[index] for x in blocks]), labels, "ab", 3)
+    p = classwise(lambda index: CompositeRows([x[index] for x in blocks]), labels, "ab", 3)
     q = composite(blocks)
     for k in range(6):
-        distance = (q[labels == found.labels[k]] - found.vectors[k]).norm(dim=2)
-        reached = (q[found.image[k], found.position[k]] - found.vectors[k]).norm()
+        distance = (q[labels == p.labels[k]] - p.vectors[k]).norm(dim=2)
+        reached = (q[p.image[k], p.position[k]] - p.vectors[k]).norm()
         assert reached.item() == pytest.approx(distance.min().item(), rel=1e-4)
-        assert labels[found.image[k]] == found.labels[k]
+        assert labels[p.image[k]] == p.labels[k]
 
 
 def test_too_many_prototypes_for_a_class_is_one_clear_line():
@@ -149,10 +154,10 @@ def test_too_many_prototypes_for_a_class_is_one_clear_line():
 def test_prototypes_survive_the_disk(tmp_path):
     x, labels = clouds(), torch.arange(4).repeat_interleave(50)
     saved = classwise(lambda index: DenseRows(x[index]), labels, "abcd", 2)
-    saved.save(tmp_path / "p.safetensors", {"per_class": 2})
+    saved.save(tmp_path / "p.safetensors", {"prototypes_per_class": 2})
     loaded, settings = Prototypes.load(tmp_path / "p.safetensors")
-    assert settings == {"per_class": 2}
-    for field in module.fields(Prototypes):
+    assert settings == {"prototypes_per_class": 2}
+    for field in fields(Prototypes):
         assert torch.equal(getattr(loaded, field.name), getattr(saved, field.name))
 
 
@@ -167,20 +172,21 @@ def test_the_given_start_is_left_alone():
 def test_argmax_takes_the_first_of_ties(k, generator):
     values = torch.randint(3, (4, k, 50), generator=generator).float()
     expected = torch.from_numpy(values.numpy().argmax(1))  # NumPy promises the first
-    assert torch.equal(module.argmax(values), expected)
+    assert torch.equal(products.argmax(values), expected)
 
 
 @pytest.mark.parametrize("rows", [DenseRows(clouds(6, spread=1.5)), CompositeRows(blocks_of(n=9, seed=2))])
 def test_sums_by_single_rows_are_those_of_the_product(rows, monkeypatch):
     """The update follows changed labels row by row or in one product, whichever is faster."""
     start = rows.rows(torch.arange(5) * 7)
-    found = []
+    clusters = []
     for few in (0, 2):
-        monkeypatch.setattr(module, "_FEW", few)
-        found.append(kmeans(rows, 5, start=start, tolerance=0))
-    assert found[0].iterations == found[1].iterations > 2
-    torch.testing.assert_close(found[0].centroids, found[1].centroids, rtol=1e-5, atol=1e-7)
-    assert torch.equal(found[0].sizes, found[1].sizes)
+        monkeypatch.setattr(products, "FEW", few)
+        clusters.append(kmeans(rows, 5, start=start, tolerance=0))
+    product, single = clusters
+    assert single.iterations == product.iterations > 2
+    torch.testing.assert_close(single.centroids, product.centroids, rtol=1e-5, atol=1e-7)
+    assert torch.equal(single.sizes, product.sizes)
 
 
 @pytest.mark.parametrize("offset", [0, 10, 100])
@@ -198,6 +204,22 @@ def test_clouds_far_from_the_origin_are_told_apart(offset):
 
 def test_a_cluster_for_every_row_has_that_row_as_its_nearest():
     x = 1 + 1e-4 * torch.arange(6.0)[:, None]
-    found = kmeans(DenseRows(x), 6)
-    assert found.sizes.tolist() == [1] * 6
-    assert sorted(found.nearest.tolist()) == list(range(6))
+    clusters = kmeans(DenseRows(x), 6)
+    assert clusters.sizes.tolist() == [1] * 6
+    assert sorted(clusters.nearest.tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("k", [1, 32, 300, 2**15 + 1])
+def test_the_largest_takes_the_first_of_ties(k, generator):
+    """By groups of 16 or not, and where two bytes do not hold the index."""
+    values = torch.randint(3, (k, 2), generator=generator).float()
+    expected = torch.from_numpy(values.numpy().argmax(0))
+    value, index = products.largest(values)
+    assert torch.equal(index, expected) and torch.equal(value, values.amax(0))
+    assert torch.equal(products.argmax(values[None])[0], expected)
+
+
+def test_mps_lacks_float64():
+    assert products.double_device(torch.device("mps")).type == "cpu"
+    assert products.double_device(torch.device("cuda")).type == "cuda"
+    torch.ones(1, dtype=torch.float64, device=products.double_device(pick_device()))

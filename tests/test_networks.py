@@ -1,15 +1,25 @@
 """Any network as blocks: against the network's own forward, the theorem, and what must be refused."""
 
+import copy
+import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from kmex_utils.explainers import CNNAsSEM
-from kmex_utils.networks import Network, network, summary, theorem1_residual
+import kmex_utils as kmex
+from kmex_utils import paths
+from kmex_utils.data import Input
+from kmex_utils.method.explainers import CNNAsSEM
+from kmex_utils.networks import Network, for_training, load, network, theorem1_residual
+
+sys.path.insert(0, str(paths.ROOT / "benchmarks"))
+from architectures import settle, summary
 
 torchvision_blocks = {
     "resnet18": ["layer1", "layer2", "layer3", "layer4"],
@@ -24,67 +34,71 @@ torchvision_blocks = {
 }
 
 
-def noise(found, n=2):
-    return torch.randn(n, 3, found.image_size, found.image_size, generator=torch.Generator().manual_seed(1))
+def noise(watched, n=2):
+    size = watched.input.image_size
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def settled(found):
+def settled(watched):
     """Random weights with the batch statistics of noise."""
-    from kmex_utils.networks import _settle
+    settle(watched.module, noise(watched, 4))
+    return watched
 
-    _settle(found.module, noise(found, 4))
-    return found
+
+def pixels(size):
+    """An input of this size."""
+    return Input(size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "crop")
 
 
 @pytest.mark.parametrize("arch", torchvision_blocks)
 def test_architectures_of_torchvision(arch):
-    found = settled(network(arch, "random", image_size=64))
-    x = noise(found)
+    watched = settled(network(arch, "random", image_size=64))
+    x = noise(watched)
     with torch.no_grad():
-        activations, y = found.outputs(x)
-        assert torch.equal(y, found.module(x)), "the network's own prediction"
-    assert list(found.blocks) == torchvision_blocks[arch]
+        activations, y = watched.outputs(x)
+        assert torch.equal(y, watched.module(x)), "the network's own prediction"
+    assert list(watched.blocks) == torchvision_blocks[arch]
     assert [u.shape[2] for u in activations] == [16, 8, 4, 2]
     z = activations[-1].mean((2, 3))
-    torch.testing.assert_close(z @ found.c.T + found.b, y, rtol=1e-3, atol=1e-4 * float(y.abs().max()))
-    assert theorem1_residual(found, x) < 1e-5
-    assert found.pooled_linear and (y[0] - y[1]).abs().max() > 1e-3 * y.abs().max(), "the images tell"
+    torch.testing.assert_close(z @ watched.c.T + watched.b, y, rtol=1e-3, atol=1e-4 * float(y.abs().max()))
+    assert theorem1_residual(watched, x) < 1e-5
+    assert watched.pooled_linear and (y[0] - y[1]).abs().max() > 1e-3 * y.abs().max(), "the images tell"
 
 
 def test_blocks_are_the_networks_own_tensors():
-    found = settled(network("resnet50", "random", image_size=64))
-    m, x = found.module, noise(found)
+    watched = settled(network("resnet50", "random", image_size=64))
+    m, x = watched.module, noise(watched)
     with torch.no_grad():
         expected = [m.layer1(m.maxpool(m.relu(m.bn1(m.conv1(x)))))]
         for layer in (m.layer2, m.layer3, m.layer4):
             expected.append(layer(expected[-1]))
-        for ours, theirs in zip(found.activations(x), expected, strict=True):
+        for ours, theirs in zip(watched.activations(x), expected, strict=True):
             torch.testing.assert_close(ours, theirs)
 
 
 def test_h_is_what_the_pool_averages():
     """DenseNet's last ReLU is a function, not a module: h must come after it."""
-    found = settled(network("densenet121", "random", image_size=64))
-    x = noise(found)
+    watched = settled(network("densenet121", "random", image_size=64))
+    x = noise(watched)
     with torch.no_grad():
-        h = found.activations(x)[-1]
-        torch.testing.assert_close(h, F.relu(found.module.features(x)))
+        h = watched.activations(x)[-1]
+        torch.testing.assert_close(h, F.relu(watched.module.features(x)))
     assert (h >= 0).all()
 
 
 def test_a_bias_is_a_constant_channel():
     """Without loss of generality: h with a channel of ones and c_j with the entry b_j is the same network."""
-    found = settled(network("mobilenet_v2", "random", image_size=64))
-    found.classifier.bias.copy_(torch.randn(1000))
+    watched = settled(network("mobilenet_v2", "random", image_size=64))
+    watched.classifier.bias.copy_(torch.randn(1000))
     with torch.no_grad():
-        activations, y = found.outputs(noise(found))
-    sem = CNNAsSEM(found.c, found.b)
+        activations, y = watched.outputs(noise(watched))
+    sem = CNNAsSEM(watched.c, watched.b)
     h = sem.h(activations)
-    assert h.shape[2] == sem.c.shape[1] == found.c.shape[1] + 1 and (h[..., -1] == 1).all()
+    assert h.shape[2] == sem.c.shape[1] == watched.c.shape[1] + 1 and (h[..., -1] == 1).all()
     torch.testing.assert_close(sem(activations), y, rtol=1e-4, atol=1e-5)
-    without = CNNAsSEM(found.c)(activations)
+    without = CNNAsSEM(watched.c)(activations)
     assert (without - y).abs().max() > 1, "the bias matters here"
-    torch.testing.assert_close(without + found.b, y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(without + watched.b, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -96,26 +110,26 @@ def test_a_bias_is_a_constant_channel():
     ],
 )
 def test_something_between_pool_and_head(arch, between):
-    found = network(arch, "random", image_size=64)
-    x = noise(found)
+    watched = network(arch, "random", image_size=64)
+    x = noise(watched)
     with torch.no_grad():
-        activations, y = found.outputs(x)
-        assert torch.equal(y, found.module(x))
-    assert not found.pooled_linear and between in found.between
+        activations, y = watched.outputs(x)
+        assert torch.equal(y, watched.module(x))
+    assert not watched.pooled_linear and between in watched.between
     assert [u.shape[2] for u in activations] == [16, 8, 4, 2]
     with pytest.raises(ValueError, match=f"Theorem 1 and eq. 11 do not hold for {arch}: {re.escape(between)}"):
-        theorem1_residual(found, x)
+        theorem1_residual(watched, x)
 
 
 @pytest.mark.parametrize("name", ["timm/resnet18", "timm/efficientnet_b0", "timm/regnety_002"])
 def test_timm(name):
     pytest.importorskip("timm", reason="timm is an optional extra")
-    found = settled(network(name, "random", image_size=64))
-    x = noise(found)
+    watched = settled(network(name, "random", image_size=64))
+    x = noise(watched)
     with torch.no_grad():
-        assert torch.equal(found(x), found.module(x))
-    assert [u.shape[2] for u in found.activations(x)] == [16, 8, 4, 2]
-    assert theorem1_residual(found, x) < 1e-5
+        assert torch.equal(watched(x), watched.module(x))
+    assert [u.shape[2] for u in watched.activations(x)] == [16, 8, 4, 2]
+    assert theorem1_residual(watched, x) < 1e-5
 
 
 class Own(nn.Module):
@@ -135,25 +149,25 @@ class Own(nn.Module):
 
 
 def test_your_own_module():
-    found = Network(Own(), image_size=32, classes=list("abcd"))
-    assert found.head == "answer" and found.blocks == ("first", "second") and found.classes == tuple("abcd")
-    x = noise(found)
+    watched = Network(Own(), input=pixels(32), classes=list("abcd"))
+    assert watched.head == "answer" and watched.blocks == ("first", "second") and watched.classes == tuple("abcd")
+    x = noise(watched)
     with torch.no_grad():
-        (first, h), y = found.outputs(x)
-        torch.testing.assert_close(first, found.module.first(x))  # before the ReLU in place
-        torch.testing.assert_close(y.softmax(1), found.module(x)["probabilities"])
-    assert h.shape == (2, 16, 8, 8) and theorem1_residual(found, x) < 1e-5
-    assert not any(p.requires_grad for p in found.parameters())
+        (first, h), y = watched.outputs(x)
+        torch.testing.assert_close(first, watched.module.first(x))  # before the ReLU in place
+        torch.testing.assert_close(y.softmax(1), watched.module(x)["probabilities"])
+    assert h.shape == (2, 16, 8, 8) and theorem1_residual(watched, x) < 1e-5
+    assert not any(p.requires_grad for p in watched.parameters())
 
 
 def test_blocks_by_hand():
-    found = network("resnet18", "random", image_size=64, blocks=("layer2.0", "layer4"), head="fc")
-    assert [tuple(u.shape[1:]) for u in found.activations(noise(found))] == [(128, 8, 8), (512, 2, 2)]
+    watched = network("resnet18", "random", image_size=64, blocks=("layer2.0", "layer4"), head="fc")
+    assert [tuple(u.shape[1:]) for u in watched.activations(noise(watched))] == [(128, 8, 8), (512, 2, 2)]
 
 
 def test_another_pool_is_noticed():
-    found = Network(Own("max"), image_size=32)
-    assert found.between == "the input of its head is not the average of its feature maps"
+    watched = Network(Own("max"), input=pixels(32))
+    assert watched.between == "the input of its head is not the average of its feature maps"
 
 
 POOLS = {
@@ -185,40 +199,40 @@ class Gated(nn.Module):
 
 @pytest.mark.parametrize("pool", ["flatten", "view", "1d", "functional 1d"])
 def test_a_mean_over_flattened_positions_is_the_pool(pool):
-    found = Network(Gated(pool), image_size=32)
-    x = noise(found)
+    watched = Network(Gated(pool), input=pixels(32))
+    x = noise(watched)
     with torch.no_grad():
-        assert found.blocks == ("first", "second") and found.activations(x)[-1].shape == (2, 16, 8, 8)
-    assert theorem1_residual(found, x) < 1e-5
+        assert watched.blocks == ("first", "second") and watched.activations(x)[-1].shape == (2, 16, 8, 8)
+    assert theorem1_residual(watched, x) < 1e-5
 
 
 @pytest.mark.parametrize("pool", ["sum", "twice"])
 def test_a_pool_that_is_not_recognised_is_refused(pool):
     """The gate's pool must not pass for the one before the head."""
     with pytest.raises(ValueError, match=r"second \(Conv2d\) of Gated makes maps after the last average pool"):
-        Network(Gated(pool), image_size=32)
+        Network(Gated(pool), input=pixels(32))
 
 
 def test_equal_names_are_told_apart():
-    found = Network(Own(), image_size=32, classes=["crane", "cat", "crane", "dog"])
-    assert found.classes == ("crane (0)", "cat", "crane (2)", "dog") and found.named
-    assert found.output("crane (2)") == 2 and not Network(Own(), image_size=32).named
+    watched = Network(Own(), input=pixels(32), classes=["crane", "cat", "crane", "dog"])
+    assert watched.classes == ("crane (0)", "cat", "crane (2)", "dog") and watched.named
+    assert watched.output("crane (2)") == 2 and not Network(Own(), input=pixels(32)).named
     with pytest.raises(ValueError, match=r"target must be a class of Own, got 'crane': crane \([02]\), crane"):
-        found.output("crane")
+        watched.output("crane")
 
 
 def test_weights_are_part_of_the_settings():
     own = Own()
-    before = Network(own, image_size=32).settings()["network"]["weights"]
+    before = Network(own, input=pixels(32)).settings()["network"]["weights"]
     with torch.no_grad():
         own.answer.bias += 1
-    assert Network(own, image_size=32).settings()["network"]["weights"] != before
+    assert Network(own, input=pixels(32)).settings()["network"]["weights"] != before
 
 
 def test_what_is_assumed_is_said():
     assert network(Own(), mean=(0.5,) * 3).assumed == ("image_size", "std")
-    found = network(Own(), image_size=32, mean=(0.5,) * 3, std=(1,) * 3)
-    assert found.assumed == () and found.preprocessing() == (
+    watched = network(Own(), image_size=32, mean=(0.5,) * 3, std=(1,) * 3)
+    assert watched.assumed == () and watched.preprocessing() == (
         "32 x 32 pixels (crop), mean (0.5, 0.5, 0.5), std (1.0, 1.0, 1.0)"
     )
     assert "mean, std assumed: give mean=, std=" in network(Own(), image_size=32).preprocessing()
@@ -242,13 +256,13 @@ class NoPool(nn.Module):
         (lambda: network("vgg11", "random", image_size=64, head="classifier"), "is a Sequential, not one linear layer"),
         (lambda: network("resnet18", "random", head="head"), "has no head 'head'; its linear layers: fc"),
         (lambda: network("squeezenet1_1", "random"), "has no linear layer"),
-        (lambda: Network(NoPool(), image_size=32), "has no average pool between"),
+        (lambda: Network(NoPool(), input=pixels(32)), "has no average pool between"),
         (lambda: network("resnet19", "random"), "torchvision has no model 'resnet19'; the nearest: resnet1"),
         (lambda: network("resnet18", "random", classes=["a", "b"]), "2 class names, but the head 'fc' .* has 1000"),
         (lambda: network("resnet18", "nowhere.pt"), "nowhere.pt does not exist"),
         (lambda: network(Own(), "random"), "your module comes with its own"),
         (lambda: network(Own().half()), "Own has float16 weights, explanations are float32: give module.float()"),
-        (lambda: network("resnet18", "random", fit="squeeze"), "fit must be one of crop, stretch"),
+        (lambda: network("resnet18", "random", fit="squeeze"), "fit must be crop or stretch"),
         (
             lambda: network("vit_b_16", "random", image_size=64),
             "does not run on 3 x 64 x 64 images: Wrong image height",
@@ -261,92 +275,263 @@ def test_what_does_not_fit_is_one_line(make, message):
     assert "\n" not in str(error.value)
 
 
-# --- weights from files -------------------------------------------------------------------------------------------
+# --- read while it runs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [Own, lambda: Gated("view"), lambda: Gated("flatten")])
+@pytest.mark.parametrize("training", [True, False])
+def test_h_is_differentiable_in_either_mode(make, training):
+    """The head on its mean gives the network's own scores, and the same gradients."""
+    torch.manual_seed(0)
+    watched = Network(make(), input=pixels(32)).train(training).requires_grad_(True)
+    x, gradients = noise(watched, 4), []
+    for y in (watched(x), watched.classifier(watched.encode(x).mean((2, 3)))):
+        gradients.append(torch.autograd.grad(y.square().sum(), [*watched.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_block_changed_in_place_is_read_as_it_was_returned():
+    """In the first pass and later ones, and where PyTorch does not count changes; a block left alone is not copied."""
+    watched = Network(Own(), input=pixels(32))
+    x, returned = noise(watched), []
+    hook = watched.module.first.register_forward_hook(lambda module, x, output: returned.append(output))
+    with torch.no_grad():
+        expected = watched.module.first(x).clone()
+        first, again = watched.activations(x)[0], watched.activations(x)[0]
+    with torch.inference_mode():
+        third = watched.activations(x)[0]
+    hook.remove()
+    assert all(torch.equal(read, expected) for read in (first, again, third)) and (expected < 0).any()
+    assert not any(torch.equal(tensor, expected) for tensor in returned[1:]), "the layer did work in place"
+    plain = Network(Gated("view"), input=pixels(32))
+    with torch.no_grad():
+        plain.module.first.register_forward_hook(lambda module, x, output: returned.append(output))
+        assert plain.activations(x)[0] is returned[-1]
+
+
+class Repeated(nn.Module):
+    """One ReLU, called after every convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in ((3, 4), (4, 6), (6, 8)))
+        self.act = nn.ReLU()
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = self.act(conv(x))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_module_called_several_times(tmp_path):
+    watched = Network(Repeated(), input=pixels(32))
+    assert watched.blocks == ("act#0", "act#1", "act")
+    x = noise(watched)
+    assert [tuple(u.shape[1:]) for u in watched.activations(x)] == [(4, 16, 16), (6, 8, 8), (8, 4, 4)]
+    by_hand = Network(watched.module, input=pixels(32), blocks=("act#1", "act"))
+    assert torch.equal(by_hand.activations(x)[0], watched.activations(x)[1])
+    watched.save(tmp_path)
+    assert load(tmp_path, watched.module).blocks == watched.blocks
+
+
+# --- saved and loaded ---------------------------------------------------------------------------------------------
+
+CLASSES = tuple("abc")
 
 
 @pytest.fixture(scope="module")
-def resnet():
+def trained():
+    """A network after a step of training: nothing about it is as initialised."""
+    trainable = for_training("resnet18", CLASSES, "scratch", pixels(32), seed=1).train().requires_grad_(True)
+    x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    F.cross_entropy(trainable(x), torch.arange(6) % 3).backward()
+    with torch.no_grad():
+        for parameter in trainable.parameters():
+            parameter -= 0.01 * parameter.grad
+    return trainable.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    trained.save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def edited(folder, **values):
+    settings = json.loads((folder / "network.json").read_text())
+    (folder / "network.json").write_text(json.dumps({**settings, **values}))
+
+
+def test_a_trained_network_comes_back(trained, folder):
+    """Its blocks too, which at 32 pixels would be others; the caller's random state stays."""
+    state = torch.get_rng_state()
+    again, x = load(folder), noise(trained)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name in ("name", "blocks", "head", "classes", "named", "assumed", "input", "reference", "fingerprint"):
+        assert getattr(again, name) == getattr(trained, name), name
+    for ours, theirs in zip(again.activations(x), trained.activations(x), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(again(x), trained(x)) and again.b is None
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    assert again.settings() == trained.settings()
+
+
+def test_the_library_takes_its_weights(trained, folder):
     from torchvision.models import resnet18
 
-    torch.manual_seed(3)
-    return resnet18(num_classes=7)
+    state = load_file(folder / "weights.safetensors")
+    theirs = resnet18(num_classes=3)
+    theirs.fc.bias = None
+    theirs.load_state_dict(state)
+    theirs.to(memory_format=torch.channels_last)
+    x = noise(trained)
+    assert torch.equal(theirs.eval()(x), trained(x))
+    without_head = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    missing, unexpected = resnet18().load_state_dict(without_head, strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and not unexpected
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "wrapped", "prefixed"])
-def test_a_state_dict_from_a_file(resnet, kind, tmp_path):
-    state = resnet.state_dict()
-    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
-    if kind == "safetensors":
-        save_file(state, path)
-    elif kind == "prefixed":
-        torch.save({f"model._orig_mod.module.{name}": value for name, value in state.items()}, path)
-    else:
-        torch.save({"epoch": 3, "state_dict": state} if kind == "wrapped" else state, path)
-    found = network("resnet18", path, classes=list("abcdefg"), image_size=64)
-    x = noise(found)
-    with torch.no_grad():
-        torch.testing.assert_close(found(x), resnet.eval()(x), rtol=1e-4, atol=1e-5)
-    assert found.classes == tuple("abcdefg") and found.mean == (0.485, 0.456, 0.406)
+def test_a_folder_stands_for_a_name(trained, folder):
+    """In the way it enters too; what is given besides wins."""
+    assert network(folder)(noise(trained)).equal(trained(noise(trained)))
+    changed = network(str(folder), classes=list("xyz"), blocks=("layer3", "layer4"), image_size=64)
+    assert changed.classes == ("x", "y", "z") and changed.blocks == ("layer3", "layer4")
+    assert (changed.input.image_size, changed.input.mean) == (64, trained.input.mean)
+    with pytest.raises(ValueError, match="weights and arch_args go with a model's name; the network in .* has its own"):
+        network(folder, "imagenet")
 
 
-def test_a_state_dict_without_bias(resnet, tmp_path):
-    state = {name: value for name, value in resnet.state_dict().items() if name != "fc.bias"}
-    save_file(state, tmp_path / "w.safetensors")
-    assert network("resnet18", tmp_path / "w.safetensors", image_size=64).b is None
+def test_weights_of_the_library_are_named_not_stored(tmp_path, monkeypatch):
+    """As long as they are the library's; a changed one has them beside it."""
+    from torchvision.models import resnet18
+
+    torch.manual_seed(2)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(resnet18().state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
+    pretrained = network("resnet18", image_size=64)
+    assert pretrained.named and pretrained.classes[0] == "tench" and not pretrained.assumed
+    folder, x = tmp_path / "saved", noise(pretrained)
+    folder.mkdir()
+    (folder / "weights.safetensors").touch()  # of what was saved there before
+    pretrained.save(folder)
+    assert not (folder / "weights.safetensors").exists() and load(folder)(x).equal(pretrained(x))
+    load(folder).save(tmp_path / "again")
+    assert not (tmp_path / "again" / "weights.safetensors").exists()
+    pretrained.classifier.bias += 1
+    pretrained.save(folder)
+    assert (folder / "weights.safetensors").exists() and load(folder)(x).equal(pretrained(x))
 
 
-@pytest.mark.parametrize("arch", ["googlenet", "inception_v3"])
-def test_auxiliary_heads_are_dropped(arch, tmp_path):
-    """A fine-tuned network whose auxiliary heads were replaced, too; its input is transformed as ImageNet's was."""
-    from torchvision import models
-
-    theirs = models.get_model(arch, weights=None, init_weights=False, aux_logits=True, transform_input=True)
-    theirs.fc = nn.Linear(theirs.fc.in_features, 7)
-    for name in ("AuxLogits",) if arch == "inception_v3" else ("aux1", "aux2"):
-        setattr(theirs, name, nn.Linear(3, 7))
-    torch.save(theirs.state_dict(), tmp_path / "w.pth")
-    found = network(arch, tmp_path / "w.pth", image_size=96)
-    x = noise(found)
-    with torch.no_grad():
-        torch.testing.assert_close(found(x), theirs.eval()(x), rtol=1e-3, atol=1e-5)
-    assert found.module.transform_input
+@pytest.mark.parametrize("arch", ["googlenet", "densenet121", "timm/tf_efficientnet_lite0"])
+def test_other_networks_come_back(arch, tmp_path):
+    if arch.startswith("timm/"):
+        pytest.importorskip("timm", reason="timm is an optional extra")
+    made = settled(for_training(arch, CLASSES, "scratch", pixels(64), bias=True))
+    made.save(tmp_path)
+    again, x = load(tmp_path), noise(made)
+    assert again.blocks == made.blocks and len(again.blocks) == 4
+    for ours, theirs in zip(again.activations(x), made.activations(x), strict=True):
+        assert torch.equal(ours, theirs)
+    assert again(x).equal(made(x))
 
 
-def test_a_network_without_v1_weights():
-    from kmex_utils.backbones import weights_entry
+def test_a_module_of_ones_own_comes_back_with_the_module(tmp_path):
+    torch.manual_seed(0)
+    watched = Network(Own(), input=pixels(32), classes=list("abcd"))
+    watched.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["network.json"]
+    again, x = load(tmp_path, copy.deepcopy(watched.module)), noise(watched)
+    assert again.classes == watched.classes and again(x).equal(watched(x))
+    with pytest.raises(ValueError, match=r"Own in .* is a module of your own: give it, as load\(folder, module\)"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="the weights of your module are not those that .*network.json was saved with"):
+        load(tmp_path, Own())
 
-    assert weights_entry("resnet50").name == "IMAGENET1K_V1"
-    assert weights_entry("regnet_y_128gf").name == "IMAGENET1K_SWAG_E2E_V1"
+    class Another(Own):
+        def forward(self, x):
+            return super().forward(x.flip(1))
 
-
-def test_files_that_do_not_fit(resnet, tmp_path):
-    path = tmp_path / "w.pth"
-    torch.save(resnet.state_dict(), path)
-    with pytest.raises(ValueError, match=r"do not fit resnet50: layer1.0.conv1.weight is \[64, 64, 3, 3\], not"):
-        network("resnet50", path, image_size=64)
-    with pytest.raises(ValueError, match=r"6 class names, but the head 'fc' in .* has 7 outputs"):
-        network("resnet18", path, classes=list("abcdef"), image_size=64)
-    torch.save(resnet, path)
-    with pytest.raises(ValueError, match="holds pickled objects, which may run code"):
-        network("resnet18", path)
-    path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is not a readable state dict"):
-        network("resnet18", path)
-    torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="is not a state dict"):
-        network("resnet18", path)
-    broken = {name: value.clone() for name, value in resnet.state_dict().items()}
-    broken["conv1.weight"][0, 0, 0, 0] = torch.nan
-    torch.save(broken, path)
-    with pytest.raises(ValueError, match=r"NaN or infinite weights \(conv1.weight"):
-        network("resnet18", path, image_size=64)
+    differs = Another()
+    differs.load_state_dict(watched.module.state_dict())
+    with pytest.raises(ValueError, match="has the weights saved in .* but gives other scores: its forward differs"):
+        load(tmp_path, differs)
 
 
-def test_the_librarys_size_and_normalisation():
-    found = network("efficientnet_b1", "random")
-    assert found.image_size == 240 and found.std == (0.229, 0.224, 0.225) and found.classes[0] == "0"
+def test_it_comes_back_in_another_process(trained, folder):
+    code = "import sys, torch; from kmex_utils import networks; n = networks.load(sys.argv[1]); "
+    code += "x = torch.ones(1, 3, 32, 32); print(n.name, *n.classes, *n(x)[0].tolist())"
+    out = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True).stdout
+    name, *words = out.split()
+    assert name == "resnet18" and tuple(words[:3]) == CLASSES
+    torch.testing.assert_close(torch.tensor([*map(float, words[3:])]), trained(torch.ones(1, 3, 32, 32))[0])
+
+
+RESNET = {"arch": "resnet18", "arch_args": {}, "weights": ""}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"classes": ["a", "b"]}, "2 class names, but the head 'fc' of resnet18 has 3 outputs"),
+        ({"reference": {**RESNET, "arch": "resnet19"}}, "torchvision has no model 'resnet19'"),
+        ({"reference": {**RESNET, "arch": "timm/hf-hub:any/one"}}, "timm has no model 'hf-hub:any/one'"),
+        ({"reference": {**RESNET, "arch": ["resnet18"]}}, "network.json is not of a saved network .*: save it again"),
+        ({"reference": {**RESNET, "arch": "mobilenet_v2"}}, "do not fit mobilenet_v2: .* missing .* unknown"),
+        ({"reference": {**RESNET, "arch_args": {"weights": "DEFAULT"}}}, "resnet18 takes no 'weights' in arch_args"),
+        ({"reference": {"arch": "resnet18"}}, "network.json is not of a saved network"),
+        ({"reference": None}, "is a module of your own"),
+        ({"input": {"image_size": 32}}, "network.json is not of a saved network"),
+        ({"input": 32}, "network.json is not of a saved network"),
+        ({"blocks": []}, ""),
+        ({"blocks": ["layer9", "layer4"]}, "resnet18 has no block 'layer9'"),
+        ({"blocks": [["layer1"], "layer4"]}, "network.json is not of a saved network"),
+        ({"head": "layer4"}, "do not fit resnet18: fc.weight is .3, 512., not .1000, 512., 1 missing .fc.bias."),
+        ({"fingerprint": "0" * 16}, "the weights of resnet18 are not those that .*network.json was saved with"),
+        ({"scores": [[0.0] * 3] * 2}, "resnet18 has the weights saved in .* but gives other scores"),
+        ({"scores": []}, "gives other scores"),
+        ({"scores": [[None]]}, "network.json is not of a saved network"),
+    ],
+)
+def test_tampered_settings_are_one_line(folder, values, message):
+    edited(folder, **values)
+    if not message:
+        assert len(load(folder).blocks) == 1, "h alone"
+        return
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_folders_are_one_line(trained, folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no saved network: give the folder of a run or of a saved"):
+        load(tmp_path)
+    broken = copy.deepcopy(trained)
+    broken.module.conv1.weight[0, 0, 0, 0] = torch.nan
+    broken.save(tmp_path / "nan")
+    advice = r"NaN or infinite weights \(conv1.weight …\): train again with a lower learning_rate"
+    with pytest.raises(ValueError, match=advice):
+        load(tmp_path / "nan")
+    (folder / "weights.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="weights.safetensors is not a readable safetensors file"):
+        load(folder)
+    (folder / "weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="weights.safetensors does not exist"):
+        load(folder)
+    (folder / "network.json").write_text("{")
+    with pytest.raises(ValueError, match="network.json is not readable JSON"):
+        load(folder)
+    (folder / "network.json").write_text("[1]")
+    with pytest.raises(ValueError, match="network.json is not of a saved network"):
+        load(folder)
+
+
+def test_the_package_hands_it_out():
+    assert kmex.network is network and kmex.Network is Network
 
 
 def test_a_row_of_the_table():
+    """benchmarks/architectures.py"""
     row = summary("shufflenet_v2_x0_5")
     assert float(row["Theorem 1 residual"]) < 1e-5 and row["head"] == "fc (bias)"

@@ -216,8 +216,8 @@ def test_own_images_through_the_same_notebooks(folder, tmp_path):
 
 @pytest.mark.notebook
 def test_your_own_model_on_notebook_1s_data(story):
-    weights = story / "runs" / "mnist-mini" / "seed-3" / "backbone.safetensors"
-    execute("12_your_own_model", story, model=str(weights), out=str(story / "own"), restarts=1, prototypes_per_class=2)
+    run = story / "runs" / "mnist-mini" / "seed-3"
+    execute("12_your_own_model", story, model=str(run), out=str(story / "own"), restarts=1, prototypes_per_class=2)
     table = pd.read_csv(story / "own" / "table.csv").set_index("model")
     train, encoder = results(story, "train"), results(story, "encoder")
     columns = {"train": "accuracy, images of the prototypes (%)", "test": "accuracy, held out (%)"}
@@ -229,7 +229,7 @@ def test_your_own_model_on_notebook_1s_data(story):
 
 @pytest.mark.notebook
 def test_your_own_model_by_name_on_a_folder(folder, tmp_path):
-    given = {"model": "resnet18", "checkpoint": "random", "image_size": 32, "prototypes_per_class": 2, "restarts": 1}
+    given = {"model": "resnet18", "weights": "random", "image_size": 32, "prototypes_per_class": 2, "restarts": 1}
     given |= {"mean": [0.5, 0.5, 0.5], "std": [1, 1, 1]}
     executed = execute("12_your_own_model", tmp_path, folder=str(folder), out=str(tmp_path / "own"), **given)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]

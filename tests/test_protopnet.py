@@ -16,15 +16,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import small as small_input
 from safetensors.torch import load_file
 from torch import nn
 
-from kmex_utils import protopnet
-from kmex_utils.backbones import Backbone, resnet
-from kmex_utils.datasets import load
-from kmex_utils.explainers import ProtoPNet
-from kmex_utils.protopnet import Network, Options, activated_box, costs, push, total, train
-from kmex_utils.runs import Run
+from kmex_utils.data import load
+from kmex_utils.method.explainers import ProtoPNet
+from kmex_utils.networks import Network, for_training
+from kmex_utils.paper.runs import Run
+from kmex_utils.store import save_tensors
+from kmex_utils.training import loop, protopnet
+from kmex_utils.training.batches import affine
+from kmex_utils.training.protopnet import Options, TrainableProtoPNet, train
+from kmex_utils.training.protopnet.schedule import costs, optimizers, push, total
+from kmex_utils.training.protopnet.views import activated_box, upsampled
 
 AUTHORS = load_file(Path(__file__).with_name("protopnet-authors.safetensors"))
 TERMS = ["cross_entropy", "cluster", "separation"]
@@ -35,12 +40,23 @@ def theirs(size, prefix=""):
     return {name.removeprefix(start): value for name, value in AUTHORS.items() if name.startswith(start)}
 
 
+class Through(nn.Module):
+    """Features that hand x through."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.classes = tuple(map(str, range(classes)))
+        self.classifier = nn.Linear(channels, classes, bias=False)
+
+    def encode(self, x):
+        return x
+
+
 def network_of(size):
     """Our network with their initial weights, its features handing x through."""
-    backbone = Backbone([nn.Identity()], nn.Linear(10, 3, bias=False))
-    network = Network(backbone, 3, 2, Options(depth=6, size=size))
+    network = TrainableProtoPNet(Through(10, 3), 2, Options(depth=6, size=size))
     missing = network.load_state_dict(theirs(size, "start."), strict=False).missing_keys
-    assert set(missing) == {"labels", "image", "position"}
+    assert set(missing) == {"labels", "image", "position", "network.classifier.weight"}
     return network
 
 
@@ -86,9 +102,9 @@ def test_the_whole_schedule_is_the_authors(size):
         terms = costs(network.scores(smallest), smallest, label, network)
     close(torch.stack([terms[name] for name in TERMS]).double(), expected["terms"])
 
-    optimizers = protopnet._optimizers(network, options)
+    adam = optimizers(network, options)
     for _ in range(5):
-        means = epoch(network, optimizers["warm"], options)
+        means = epoch(network, adam["warm"], options)
     close(means, expected["warm_terms"])
     close(network.prototypes.detach(), expected["warm.prototypes"])
     close(network.add_on[2].weight.detach(), expected["warm.add_on.2.weight"], 1e-4)
@@ -101,7 +117,7 @@ def test_the_whole_schedule_is_the_authors(size):
     close(network.prototypes.detach(), expected["push.prototypes"], 1e-4)
 
     for _ in range(20):
-        means = epoch(network, optimizers["last"], options)
+        means = epoch(network, adam["last"], options)
     close(means, expected["last_terms"], 1e-4)
     close(network.last.weight.detach(), expected["last.weight"])
     close(costs(network.scores(smallest), smallest, label, network)["l1"].detach(), expected["l1"])
@@ -114,7 +130,7 @@ def test_the_whole_schedule_is_the_authors(size):
 @pytest.mark.parametrize("size", [1, 2])
 def test_maps_and_boxes_are_opencvs(size):
     expected = theirs(size)
-    maps = [protopnet._upsampled(activation, 56) for activation in expected["activation"]]
+    maps = [upsampled(activation, 56) for activation in expected["activation"]]
     np.testing.assert_allclose(maps[0], expected["upsampled"].numpy(), atol=1e-4)
     assert [list(activated_box(m)) for m in maps] == expected["boxes"].tolist()
 
@@ -153,24 +169,25 @@ def test_the_authors_schedule():
 
 @pytest.fixture(scope="module")
 def digits():
-    return load("mnist-mini", image_size=32, images_per_class=6)
+    return load("mnist-mini", small_input(), images_per_class=6)
 
 
 QUICK = Options(depth=8, warm_epochs=2, joint_epochs=3, push_start=3, push_every=3, last_passes=3, batch_size=16)
 
 
 def small():
-    """A backbone with batch normalisation that trains in no time: 32 pixels become one position, 64 become 2 x 2."""
+    """A network with batch normalisation that trains in no time: 32 pixels become one position, 64 become 2 x 2."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         block = nn.Sequential(nn.Conv2d(3, 12, 8, 8), nn.BatchNorm2d(12), nn.ReLU(), nn.AvgPool2d(4))
-        return Backbone([block], nn.Linear(12, 10, bias=False))
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10, bias=False))
+    return Network(nn.Sequential(block, *head), classes=tuple("0123456789"), input=small_input(64))
 
 
-def fit(digits, checkpoint, options=QUICK, report=lambda line: None, **more):
-    network = Network(small(), 10, 2, options, seed=3)
-    more = {"seed": 3, "made_by": {"backbone": "x"}, "precision": "float32", "save_after": 0.0, **more}
-    history = train(network, digits, options, checkpoint=checkpoint, report=report, **more)
+def fit(digits, checkpoint, options=QUICK, log=lambda line: None, **more):
+    network = TrainableProtoPNet(small(), 2, options, seed=3)
+    more = {"seed": 3, "made_by": {"network": "x"}, "precision": "float32", "save_after": 0.0, **more}
+    history = train(network, digits, options, checkpoint=checkpoint, log=log, **more)
     return network, history
 
 
@@ -192,15 +209,14 @@ def test_a_killed_run_ends_with_the_same_weights(digits, tmp_path, frozen):
     for cut in (plan.index(step) + 1 for step in wanted):
         path = tmp_path / f"{cut}.safetensors"
         saves = itertools.count(1)
-        keep = protopnet._save
 
-        def save(*state, saves=saves, cut=cut, keep=keep):
-            keep(*state)
+        def save(*state, saves=saves, cut=cut):
+            save_tensors(*state)
             if next(saves) == cut:
                 raise Killed
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(protopnet, "_save", save)
+            patch.setattr(loop, "save_tensors", save)
             fit(digits, path, options)
         lines = []
         resumed, resumed_history = fit(digits, path, options, lines.append)
@@ -212,30 +228,30 @@ def test_a_killed_run_ends_with_the_same_weights(digits, tmp_path, frozen):
 
 def test_phases_train_what_they_should(digits, tmp_path):
     """Warm-up leaves the features' weights, the last phase everything but the last layer."""
-    start = Network(small(), 10, 2, QUICK, seed=3)
+    start = TrainableProtoPNet(small(), 2, QUICK, seed=3)
     warm, _ = fit(digits, tmp_path / "a", replace(QUICK, joint_epochs=0, last_passes=0, frozen_features="once"))
     last, _ = fit(digits, tmp_path / "b", replace(QUICK, joint_epochs=0, last_passes=2, frozen_features="once"))
     moved = lambda a, b: {n for (n, x), y in zip(a.named_parameters(), b.parameters(), strict=True) if (x != y).any()}  # noqa: E731
     assert {name.split(".")[0] for name in moved(start, warm)} == {"add_on", "prototypes"}
     assert moved(warm, last) == {"last.weight"}
     with_joint, _ = fit(digits, tmp_path / "c", replace(QUICK, last_passes=0))
-    assert {name.split(".")[0] for name in moved(warm, with_joint)} == {"blocks", "add_on", "prototypes"}
+    assert {name.split(".")[0] for name in moved(warm, with_joint)} == {"network", "add_on", "prototypes"}
 
 
 def test_frozen_features_anew_follow_batch_statistics(digits, tmp_path):
     """As in the authors' code, batch normalisation stays in training mode while the features' weights are frozen."""
     options = replace(QUICK, joint_epochs=0, last_passes=0)
-    fresh = small().blocks[0][1].running_mean
+    fresh = small().module[0][1].running_mean
     anew, _ = fit(digits, tmp_path / "a", options)
     once, _ = fit(digits, tmp_path / "b", replace(options, frozen_features="once"))
-    assert torch.equal(once.blocks[0][1].running_mean, fresh)
-    assert not torch.equal(anew.blocks[0][1].running_mean, fresh)
+    assert torch.equal(once.network.module[0][1].running_mean, fresh)
+    assert not torch.equal(anew.network.module[0][1].running_mean, fresh)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_prototypes_are_the_patches_they_were_pushed_to(tmp_path, size):
     """Against all patches of all training images at once, from the trained network."""
-    digits = load("mnist-mini", image_size=64, images_per_class=4)
+    digits = load("mnist-mini", small_input(64), images_per_class=4)
     options = replace(QUICK, size=size, last_passes=0, frozen_features="once")
     network, history = fit(digits, tmp_path / "c", options)
     _, h = protopnet.evaluate(network, digits, "train")
@@ -250,7 +266,7 @@ def test_prototypes_are_the_patches_they_were_pushed_to(tmp_path, size):
 def test_push_is_the_nearest_patch_of_the_class():
     """By loops over all patches, whatever the batches; ties go to the first."""
     generator = torch.Generator().manual_seed(0)
-    network = Network(Backbone([nn.Identity()], nn.Linear(5, 3, bias=False)), 3, 4, Options(depth=5))
+    network = TrainableProtoPNet(Through(5, 3), 4, Options(depth=5))
     latent = torch.rand(20, 5, 3, 2, generator=generator)
     latent[7:14] = latent[:7]
     labels = torch.arange(20) % 7 % 3
@@ -268,7 +284,7 @@ def test_push_is_the_nearest_patch_of_the_class():
 
 def test_push_never_holds_more_than_a_batch_of_one_class(monkeypatch):
     """In memory at once: distances of a batch's patches to the prototypes of a class, however many images there are."""
-    network = Network(Backbone([nn.Identity()], nn.Linear(5, 3, bias=False)), 3, 4, Options(depth=5))
+    network = TrainableProtoPNet(Through(5, 3), 4, Options(depth=5))
     sizes, real = [], ProtoPNet.squared_distances
     monkeypatch.setattr(ProtoPNet, "squared_distances", lambda self, h: sizes.append(real(self, h)) or sizes[-1])
     push(network, (torch.rand(10, 5, 3, 2) for _ in range(40)), torch.arange(400) % 3)
@@ -279,8 +295,8 @@ def test_affine_keeps_images_in_place():
     x = torch.zeros(64, 3, 33, 33)
     x[:, :, 16, 16] = 1.0
     x[:, :, 10:13, 16] = 1.0
-    turned = protopnet.affine(x, torch.Generator().manual_seed(0))
-    assert torch.equal(turned, protopnet.affine(x, torch.Generator().manual_seed(0)))
+    turned = affine(x, torch.Generator().manual_seed(0))
+    assert torch.equal(turned, affine(x, torch.Generator().manual_seed(0)))
     assert (turned[:, 0, 15:18, 15:18].amax((1, 2)) > 0.5).all()
     column = (turned[:, 0, 9:14].sum(1) * torch.arange(33)).sum(1) / turned[:, 0, 9:14].sum((1, 2))
     assert 0.3 < (column - 16).abs().max() < 2.0
@@ -309,38 +325,38 @@ def test_bad_input_is_one_clear_line(digits, tmp_path):
     with pytest.raises(ValueError, match="class '9' has no training images"):
         fit(empty, tmp_path / "c")
     with pytest.raises(ValueError, match="K/C.* must be at least 1"):
-        Network(small(), 10, 0, QUICK)
+        TrainableProtoPNet(small(), 0, QUICK)
     with pytest.raises(ValueError, match="the loss is .* in the warm phase: lower its rates"):
         fit(digits, tmp_path / "c", replace(QUICK, prototypes_rate=1e30))
 
 
 def test_a_trained_network_comes_back_and_explains(digits, tmp_path):
     run = Run.of(tmp_path, "mnist-mini", 3)
-    data = {"image_size": 32, "images_per_class": 6}
-    made_by = {"arch": "resnet18", "classes": list("0123456789"), "data": data, "weights": "scratch"}
-    run.save_backbone(resnet("resnet18", 10, seed=3), made_by)
+    trained = for_training("resnet18", digits.classes, "scratch", digits.input, seed=3)
+    made_by = {"arch": "resnet18", "arch_args": {}, "classes": list(digits.classes), "data": digits.settings}
+    run.save_training(trained.eval().requires_grad_(False), digits, made_by)
     with pytest.raises(FileNotFoundError, match="run notebook 05_protopnet"):
         protopnet.load(run)
-    with pytest.raises(ValueError, match="'imagenet' or 'backbone', got 'scratch'"):
+    with pytest.raises(ValueError, match="'imagenet' or 'network', got 'scratch'"):
         protopnet.start(run, "scratch", 2, QUICK, 3)
-    network = protopnet.start(run, "backbone", 2, QUICK, 3)
+    network = protopnet.start(run, "network", 2, QUICK, 3)
     with pytest.raises(ValueError, match="not pushed"):
         protopnet.most_activated(network, digits, digits.test.pixels[0])
-    train(network, digits, QUICK, seed=3, checkpoint=tmp_path / "c", made_by={}, report=lambda line: None)
-    protopnet.save(run, network, QUICK, 2, {})
+    train(network, digits, QUICK, seed=3, checkpoint=tmp_path / "c", made_by={}, log=lambda line: None)
+    protopnet.save(run, network, QUICK, {})
     again = protopnet.load(run)
     assert same(network, again)
-    j, found = protopnet.most_activated(again, digits, digits.test.pixels[0], count=20)
-    y = again(digits.normalise(digits.test.pixels[:1]))[0]
+    j, activated = protopnet.most_activated(again, digits, digits.test.pixels[0], count=20)
+    y = again(digits.input(digits.test.pixels[:1]))[0]
     assert j == int(y.argmax())
-    assert sum(a.points for a in found) == pytest.approx(y[j].item(), rel=1e-4), "all points sum to the score"
-    assert [a.similarity for a in found] == sorted((a.similarity for a in found), reverse=True)
+    assert sum(a.points for a in activated) == pytest.approx(y[j].item(), rel=1e-4), "all points sum to the score"
+    assert [a.similarity for a in activated] == sorted((a.similarity for a in activated), reverse=True)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_boxes_are_the_patches(tmp_path, size):
     """On a 3 x 3 grid of 96 pixels a position is a square of 32."""
-    digits = load("mnist-mini", image_size=96, images_per_class=4)
+    digits = load("mnist-mini", small_input(96), images_per_class=4)
     network, _ = fit(digits, tmp_path / "c", replace(QUICK, size=size, frozen_features="once"))
     for k in range(len(network.labels)):
         i, source, box = protopnet.prototype_source(network, digits, k)

@@ -1,13 +1,18 @@
-"""The measurements compare the same thing: equal clusterings, equal maps, true sizes, counted passes."""
+"""The benchmark compares the same thing: equal clusterings, equal maps, true sizes, counted passes."""
 
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
 
-from kmex_utils import scaling
-from kmex_utils.composite import CompositeRows, Normalisation
+from kmex_utils import paths
+from kmex_utils.method.composite import Normalisation
+from kmex_utils.method.operator import CompositeRows
+
+sys.path.insert(0, str(paths.ROOT / "benchmarks"))
+import scaling
 
 CASE = scaling.Case("tiny", images=2, start_block=3, k=3, restarts=3)
 
@@ -19,8 +24,8 @@ def test_every_way_fits_the_same_rows(name):
 
 
 def test_sizes_are_those_of_the_activations():
-    rows = CompositeRows(scaling._blocks(CASE), Normalisation())
-    assert scaling._size(CASE) == {"n_rows": len(rows), "n_channels": rows.dim}
+    rows = CompositeRows(scaling.blocks(CASE), Normalisation())
+    assert CASE.size == {"n_rows": len(rows), "n_channels": rows.dim}
 
 
 def test_naive_map_is_ours():
@@ -38,16 +43,16 @@ def test_measure_sees_time_and_memory():
             kept += 1
         return float(kept[0])
 
-    found = scaling.measure(work)
-    assert found.value == 21
-    assert 45 < found.mib < 75
-    assert found.seconds > 0.005
+    measured = scaling.measure(work)
+    assert measured.value == 21
+    assert 45 < measured.mib < 75
+    assert measured.seconds > 0.005
 
 
 def test_a_measurement_that_fails_ends():
     before = threading.active_count()
     with pytest.raises(ValueError, match="between 1 and the 49 rows"):
-        scaling._fit("ours", scaling.Case("x", 1, 4, 1000, 1), 0)
+        scaling.measured_fit("ours", scaling.Case("x", 1, 4, 1000, 1), 0)
     assert threading.active_count() == before
 
 
@@ -61,10 +66,10 @@ def test_synthetic_activations_are_the_same_whenever_they_are_read():
 
 
 def test_a_stream_is_clustered_in_counted_passes():
-    found = scaling._stream(40, k=2, iterations=2)
-    assert found["n_rows"] == 40 * 784 and found["iterations"] == 2
+    row = scaling.stream_once(40, k=2, iterations=2)
+    assert row["n_rows"] == 40 * 784 and row["iterations"] == 2
     # variance, first start, candidates and shrinking, two iterations, assessment
-    assert found["passes"] == 1 + 1 + 2 + 2 + 1
+    assert row["passes"] == 1 + 1 + 2 + 2 + 1
 
 
 def test_more_images_than_there_are_is_refused():

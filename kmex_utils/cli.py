@@ -1,0 +1,202 @@
+"""``kmex``: a network explained on a folder of images, and the paper's notebooks run, from the shell.
+
+What a command needs is imported when it runs, so that ``--help`` and a mistyped option answer at once.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import paths
+
+if TYPE_CHECKING:
+    from .explanation.explained import Explained, Picture
+    from .networks import Network
+
+NETWORK = ("weights", "arch_args", "classes", "blocks", "head", "image_size", "mean", "std", "fit")
+OF_EQ_8 = ("norm", "scale", "align_corners", "grid")
+EXPLAIN = ("start_block", "prototypes_per_class", "held_out", *OF_EQ_8, "restarts", "seed", "device", "scratch")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status. What is wrong is one line on stderr, and status 2."""
+    parser = _parser()
+    options, options_left = parser.parse_known_args(arguments)
+    if options.command is batch:
+        options.snakemake = options_left
+    elif options_left:
+        parser.error(f"unknown: {' '.join(options_left)}")
+    try:
+        status: int = options.command(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kmex", description="Post-hoc self-explanation of CNNs.")
+    parser.add_argument("--version", action="version", version=f"kmex {version('kmex-utils')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: Callable[[argparse.Namespace], int]) -> Callable[..., argparse.Action]:
+        """A command that is described by its docstring; returns what adds its arguments."""
+        text = run.__doc__ or ""
+        added = commands.add_parser(run.__name__, help=text.partition(".")[0], description=text)
+        added.set_defaults(command=run)
+        return added.add_argument
+
+    target, device = "class of attribution in panels (default: the predicted one)", "auto (default), cpu, cuda or mps"
+    add = command(explain)
+    add("folder", help="<class>/*, or train/<class>/* and test/<class>/* (or val/), or images without labels")
+    add("--model", default="resnet50", help="a name of torchvision, timm/<name>, or a folder with a network saved")
+    add("--arch-args", type=json.loads, metavar="JSON", help="arguments of the model, as '{\"layers\": [2, 2, 2, 3]}'")
+    add("--weights", default="", help="imagenet (default), random, or a file with a state dict")
+    add("--classes", default="", help="text file with the names of the network's classes, one a line")
+    add("--blocks", nargs="*", default=[], help="names of the modules that end the blocks (default: by resolution)")
+    add("--head", default="", help="name of the linear layer (default: the last)")
+    add("--image-size", type=int, default=0, help="pixels (default: the weights' own)")
+    of_rgb: dict[str, Any] = {"nargs": 3, "type": float, "default": [], "metavar": ("R", "G", "B")}
+    add("--mean", **of_rgb, help="of RGB in [0, 1], for normalisation (default: the weights' own, else ImageNet's)")
+    add("--std", **of_rgb, help="the same")
+    add("--fit", default="", help="crop (default: the centre square) or stretch")
+    add("--start-block", type=int, default=0, help="shallowest block to explain from (default: the last three blocks)")
+    add("--prototypes-per-class", type=int, default=5, help="K/C (default: 5)")
+    add("--held-out", type=float, default=0.2, help="share of each class to measure accuracy on (default: 0.2)")
+    add("--norm", default="position", help="of eq. 8: position (default), channel or image")
+    add("--scale", default="1/D", help="of eq. 8: 1/D (default), 1/sqrt(D) or 1")
+    add("--align-corners", action="store_true", help="in the interpolation of eq. 7")
+    add("--grid", default="shallowest", help="of eq. 7: the shallowest (default) or deepest block's, or double")
+    add("--restarts", type=int, default=3, help="of k-means (default: 3)")
+    add("--seed", type=int, default=0, help="of k-means and of the held-out images (default: 0)")
+    add("--device", default="auto", help=device)
+    add("--scratch", default="", help="folder for temporary files (default: the system's)")
+    add("--out", type=Path, default="explained", help="new folder for the results (default: explained)")
+    add("--panel", nargs="*", default=[], metavar="IMAGE", help="images to draw Figure 1 of")
+    add("--target", default="", help=target)
+    add("--report", action="store_true", help="write report.html, one file to send")
+    add("--export", action="store_true", help="write maps and tables of every image of the folder to <out>/export")
+    add("--resume", action="store_true", help="go on in an --out folder that exists (an interrupted export continues)")
+
+    saved = "folder of an explanation saved before"
+    add = command(show)
+    add("saved", type=Path, help=saved)
+    add("images", nargs="+", metavar="image", help="images to draw Figure 1 of, new ones too")
+    add("--target", default="", help=target)
+    add("--out", type=Path, help="folder for the panels (default: SAVED)")
+
+    add = command(export)
+    add("saved", type=Path, help=saved)
+    add("images", help="folder with images, in class folders or not")
+    add("--out", required=True, help="new folder for maps and tables")
+    add("--maps", default="npz", help="npz (default), png or none")
+    add("--device", default="auto", help=device)
+    add("--resume", action="store_true", help="continue an interrupted export")
+
+    for run in (batch, estimate):
+        add = command(run)
+        add("config", type=Path, help="config/quick.yaml, config/paper.yaml or your own")
+        add("--runs", type=Path, default=paths.RUNS, help="folder of results (default: runs)")
+        if run is batch:
+            add("--figures", type=Path, default=paths.FIGURES, help="folder of figures (default: figures)")
+    return parser
+
+
+def explain(options: argparse.Namespace) -> int:
+    """Explain a network on a folder of images: prototypes, a table of cosines and accuracy, panels, a report."""
+    if options.out.exists() and not options.resume:
+        raise FileExistsError(f"{options.out} exists: choose another --out, or give --resume to go on in it")
+    from .explanation import fit
+    from .networks.network import network
+
+    model = network(options.model, **{name: getattr(options, name) for name in NETWORK})
+    _check(options, model)
+    explained = fit.explain(model, options.folder, **{name: getattr(options, name) for name in EXPLAIN})
+    explained.save(options.out)
+    assert explained.table is not None
+    print(explained.table.to_string(float_format="{:.2f}".format, na_rep="–"))
+    pictures = _panels(explained, options.panel, options.out, options.target)
+    if options.report:
+        print(explained.report(options.out / "report.html", pictures, overwrite=True))
+    if options.export:
+        print(explained.export(options.out / "export", resume=options.resume))
+    return 0
+
+
+def _check(options: argparse.Namespace, network: "Network") -> None:
+    """Refuse before the computation what would fail after it."""
+    from .data import reading
+
+    if options.target:
+        network.output(options.target)
+    for image in options.panel:
+        inside = Path(options.folder).expanduser() / image
+        file = inside if inside.is_file() else Path(image).expanduser()
+        if not file.is_file():
+            raise ValueError(f"--panel {image} is neither a file nor in {options.folder}")
+        try:
+            reading.read(file, network.input.image_size, network.input.fit)
+        except ValueError as error:
+            raise ValueError(f"--panel {image} cannot be read: {error}") from None
+
+
+def _panels(explained: "Explained", images: Sequence[str], out: Path, target: str) -> list["Picture"]:
+    """Figure 1 of each image as ``panel-<name>`` below ``out``; says where."""
+    from . import drawing
+
+    pictures = [explained.picture(image) for image in images]
+    names = ["-".join(Path(picture.name).with_suffix("").parts) for picture in pictures]
+    for i, picture in enumerate(pictures):
+        stem = out / f"panel-{names[i]}{f'-{i + 1}' if names.count(names[i]) > 1 else ''}"
+        drawing.save(explained.panel(picture, target=target), stem)
+        print(f"{stem}.png")
+    return pictures
+
+
+def show(options: argparse.Namespace) -> int:
+    """Draw Figure 1 of new images by an explanation saved before. Nothing is fitted."""
+    from .explanation.explained import Explained
+
+    _panels(Explained.load(options.saved), options.images, options.out or options.saved, options.target)
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write maps and tables of a folder of images by an explanation saved before. Nothing is fitted."""
+    from .explanation.explained import Explained
+
+    how = {name: getattr(options, name) for name in ("maps", "device", "resume")}
+    print(Explained.load(options.saved).export(options.out, options.images, **how))
+    return 0
+
+
+def _configuration(options: argparse.Namespace) -> Path:
+    if not (paths.ROOT / "Snakefile").is_file():
+        raise FileNotFoundError(
+            "the notebooks, their workflow and the digits belong to the repository of kmex-utils, not to the installed "
+            "package: clone the repository (companion to arXiv:2603.28466) and run `make reproduce` there"
+        )
+    if not options.config.is_file():
+        raise FileNotFoundError(f"{options.config} does not exist")
+    return options.config.resolve()
+
+
+def batch(options: argparse.Namespace) -> int:
+    """Run every notebook over data sets and seeds. Further options go to Snakemake (--cores 4, --dry-run …)."""
+    config = _configuration(options)
+    from .paper import batch
+
+    return batch.run(config, options.runs.resolve(), options.figures.resolve(), options.snakemake)
+
+
+def estimate(options: argparse.Namespace) -> int:
+    """Estimate what a batch would take on this machine, from where its results stand. A few seconds of measuring."""
+    config = _configuration(options)
+    from .paper import estimate
+
+    estimate.show(config, options.runs.resolve())
+    return 0

@@ -1,0 +1,328 @@
+"""One entry point for all images: :func:`load`.
+
+Images are decoded and resized once and kept as bytes; what happens every epoch is only normalisation and augmentation,
+in batches, on the device.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .. import paths
+from ..store import replacing
+from . import folders, sources
+from .reading import Reading, read_many, room
+from .sources import Listing
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Input:
+    """How an image enters a network.
+
+    ``image_size`` in pixels; ``mean`` and ``std`` of RGB values in [0, 1]; ``fit``: ``crop`` (the centre square) or
+    ``stretch`` (all of the image).
+    """
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fit: str = "stretch"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(map(float, self.mean)))
+        object.__setattr__(self, "std", tuple(map(float, self.std)))
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std must be of R, G and B, std positive; got {self.mean} and {self.std}")
+        if self.fit not in ("crop", "stretch"):
+            raise ValueError(f"fit must be crop or stretch, got {self.fit!r}")
+
+    def __call__(self, pixels: np.ndarray | torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+        """uint8 [n, 1 or 3, S, S] to the network's input, float32 [n, 3, S, S], channels last."""
+        if isinstance(pixels, np.ndarray):
+            pixels = torch.from_numpy(np.array(pixels))  # a copy: cached images are read-only
+        x = pixels.to(device)
+        mean = torch.tensor(self.mean, device=x.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=x.device).view(1, 3, 1, 1)
+        return ((x.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+_GREY = (0.13269,) * 3, (0.29185,) * 3
+_OWN_INPUTS = {
+    "mnist-mini": Input(56, *_GREY),  # (paper: 32, where B4 has one position)
+    "mnist": Input(32, *_GREY),
+    "stl10": Input(96, (0.4466, 0.4397, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "cub200": Input(224, IMAGENET_MEAN, IMAGENET_STD),  # the normalisation is not recoverable from KMEx's repository
+}
+
+
+def own_input(name: str) -> Input:
+    """The paper's size and normalisation of a data set; for any other name 224 pixels and ImageNet's."""
+    return _OWN_INPUTS.get(name, Input(224, IMAGENET_MEAN, IMAGENET_STD))
+
+
+@dataclass(frozen=True)
+class Images:
+    """One split: ``pixels`` uint8 [N, 1 or 3, S, S], ``labels`` int64 [N] (-1: none), ``names`` one for each image."""
+
+    pixels: np.ndarray
+    labels: torch.Tensor
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rgb(self, i: int) -> np.ndarray:
+        """Image i as uint8 [S, S, 3], for display."""
+        return np.broadcast_to(self.pixels[i].transpose(1, 2, 0), (*self.pixels.shape[2:], 3))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images to make prototypes from (``train``) and to measure on (``test``).
+
+    ``settings`` are plain JSON, from which :func:`reopen` gives the same data set; None for a ``torch`` data set.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Images
+    test: Images
+    input: Input
+    settings: dict[str, Any] | None = None
+
+    def split(self, name: str) -> Images:
+        """``train`` or ``test``."""
+        return {"train": self.train, "test": self.test}[name]
+
+    def batches(
+        self, split: str, batch_size: int = 128, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every image of a split once, in order, without augmentation: (x [n, 3, S, S], labels [n])."""
+        images = self.split(split)
+        for start in range(0, len(images), batch_size):
+            index = slice(start, start + batch_size)
+            yield self.input(images.pixels[index], device), images.labels[index].to(device)
+
+
+def load(
+    source: Any,
+    input: Input | None = None,
+    *,
+    name: str = "",
+    classes: str | Sequence[str] = "",
+    crop: bool = False,
+    images_per_class: int = 0,
+    validation: float = 0.0,
+    held_out: float = 0.0,
+    seed: int = 0,
+    strict: bool = True,
+    needs_labels: bool = True,
+    data: str | Path | None = paths.DATA,
+    scratch: str | Path | None = None,
+    log: Callable[[str], None] = print,
+) -> Dataset:
+    """A data set by name, a folder of images, or a ``torch`` data set.
+
+    Parameters
+    ----------
+    source
+        ``mnist-mini``, ``mnist``, ``stl10`` or ``cub200``; a folder with ``train/<class>/*`` and ``test/<class>/*``
+        (``val``, ``valid`` or ``validation`` stand for ``test``), with ``<class>/*``, or with images alone; a ``torch``
+        data set, or a pair (train, test), of (Pillow image or uint8 array or tensor, label).
+    input
+        Size, fit and normalisation; None: the data set's own.
+    name
+        Of the data set; a known name lends a folder its input. Empty: the source's own.
+    classes
+        The classes to keep: comma-separated names or patterns (``*Sparrow``), or a list of names; empty keeps all.
+    crop
+        CUB-200: cut each image to its bounding box.
+    images_per_class
+        Keep the first so many images of each class in either split; 0 keeps all.
+    validation
+        To choose settings by: this share of each class's training images takes the test split's place, and the test
+        images are not read.
+    held_out
+        The share of each class that becomes the test split where the source has none.
+    seed
+        Of the images that :func:`~kmex_utils.data.held_out` chooses for either share.
+    strict
+        Stop at unreadable images, class folders without images and a missing test split. Without it unreadable images
+        are named by ``log`` and left out.
+    needs_labels
+        Without it images alone are taken too: ``classes`` is empty, all labels are -1.
+    data
+        Where downloads and, if ``strict``, decoded images are kept; None: decoded images are not kept.
+    scratch
+        Folder of the temporary file that many images go to if they are not kept; None: the system's.
+    log
+        Gets one line for each thing to say.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError, ConnectionError, TypeError
+        One line that names the fix: unknown name, missing folder, unreadable images, no network.
+    """
+    if crop and source != "cub200":
+        raise ValueError("`crop` cuts to CUB-200's bounding boxes; leave it False for other data")
+    temporary_in = Path(scratch).expanduser() if scratch else None
+    if temporary_in and not temporary_in.is_dir():
+        raise FileNotFoundError(f"scratch must be a folder that exists, got {scratch}")
+    choice: dict[str, Any] = {"images_per_class": images_per_class, "validation": validation, "held_out": held_out}
+    choice |= {"classes": classes, "seed": seed}
+    downloads, reading = paths.resolve(data or paths.DATA), Reading(strict=strict)
+    place = ""  # of a source that can be opened again
+    if isinstance(source, str) and source in sources.SIZES:
+        name, input, place = name or source, input or own_input(source), source
+        listing = sources.known(source, downloads, crop)
+    elif isinstance(source, str | Path):
+        name, place = name or folders.located(source).resolve().name, _place(source)
+        listing = sources.folder(source, needs_labels=needs_labels, strict=strict, log=log)
+    else:
+        name = name or type(source[0] if isinstance(source, tuple) else source).__name__
+        input = input or own_input(name)
+        listing = sources.torch_data(source, input.image_size, input.fit, needs_labels, reading, temporary_in)
+    input = input or own_input(name)
+    if strict and listing.is_test is None and not (validation or held_out):
+        raise ValueError(f"{name} has no test split: give one, or a share as held_out or validation")
+    kept, labels, train, test = _chosen(listing, **choice)
+    cache = downloads / "cache" if strict and data is not None else None
+    splits = []
+    for split, index in (("train", train), ("validation" if validation else "test", test)):
+        if listing.pixels is not None:
+            pixels = _resized(listing.pixels, index, input.image_size, temporary_in)
+        else:
+            stem = cache / f"{name}-{split}" if cache and len(index) else None
+            pixels, index = _decoded(listing, index, input, reading, stem, temporary_in)
+        splits.append(Images(pixels, torch.from_numpy(labels[index]), tuple(listing.names[i] for i in index)))
+    for line in reading.lines():
+        log(line)
+    if not len(splits[0]):
+        raise ValueError(f"none of the {len(train)} images of {name} that make prototypes can be read")
+    if missing := set(range(len(kept))) - set(splits[0].labels.tolist()):
+        raise ValueError(f"no image of class {kept[min(missing)]!r} in {name} can be read")
+    settings = {"source": place, "name": name, "crop": crop, "strict": strict, "needs_labels": needs_labels, **choice}
+    settings |= {"input": {**asdict(input), "mean": list(input.mean), "std": list(input.std)}, "classes": list(kept)}
+    settings["data"] = None if data is None else _place(data)
+    return Dataset(name, kept, splits[0], splits[1], input, settings if place else None)
+
+
+def reopen(settings: Mapping[str, Any] | None, **options: Any) -> Dataset:
+    """The data set whose ``settings`` these are; ``options``: ``scratch`` and ``log`` of :func:`load`.
+
+    Raises ValueError for a ``torch`` data set, of which no settings are kept, and what :func:`load` raises.
+    """
+    if settings is None:
+        raise ValueError("a torch data set is not found by its settings: give it again")
+    return replace(load(**{**settings, "input": Input(**settings["input"])}, **options), settings=dict(settings))
+
+
+def count(source: str | Path, *, classes: str | Sequence[str] = "", **choice: Any) -> tuple[int, int, int]:
+    """Training images, test images and classes that :func:`load` gives; nothing is downloaded or decoded.
+
+    ``choice``: images_per_class, validation, held_out, seed. Which images of STL-10 or CUB-200 ``classes`` keeps is not
+    known before the download: all are counted. Raises what :func:`load` raises.
+    """
+    if source in sources.SIZES:
+        listing = sources.expected(str(source))
+        classes = classes if source in ("mnist-mini", "mnist") else ""
+    else:
+        listing = sources.folder(source, needs_labels=True, strict=True)
+    kept, _, train, test = _chosen(listing, classes, **choice)
+    return len(train), len(test), len(kept)
+
+
+def _chosen(
+    listing: Listing, classes: str | Sequence[str], images_per_class: int = 0, seed: int = 0, **shares: float
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]:
+    """What the arguments of :func:`load` choose: class names, labels [N] among them, training and test index.
+
+    ``shares``: validation and held_out.
+    """
+    if images_per_class < 0:
+        raise ValueError(f"images_per_class must be 0 (all) or positive, got {images_per_class}")
+    for option, share in shares.items():
+        if not 0 <= share < 1:
+            raise ValueError(f"{option} must be a share of the training images, at least 0 and below 1, got {share}")
+    keep = sources.matching(listing.classes, classes)
+    chosen = np.isin(listing.labels, keep or [-1])
+    labels = np.searchsorted(keep, listing.labels) if keep else listing.labels
+    is_test = np.zeros(len(labels), bool) if listing.is_test is None else listing.is_test
+
+    def first(index: np.ndarray) -> np.ndarray:
+        """The first images of each class."""
+        members = [index[labels[index] == label][: images_per_class or None] for label in np.unique(labels[index])]
+        return np.sort(np.concatenate(members)) if members else index
+
+    train = first(np.flatnonzero(chosen & ~is_test))
+    test = first(np.flatnonzero(chosen & is_test))
+    validation = shares.get("validation", 0.0)
+    if validation or listing.is_test is None:
+        mask = sources.held_out(labels[train], validation or shares.get("held_out", 0.0), seed)
+        train, test = train[~mask], train[mask]
+    if validation and set(labels[test]) < set(labels[train]):
+        raise ValueError(f"validation={validation} leaves a class without validation images: give a larger share")
+    return tuple(listing.classes[c] for c in keep), labels, train, test
+
+
+def _place(path: str | Path) -> str:
+    """A folder as settings name it: from the repository's root inside it, else absolute or as given."""
+    there = folders.located(path)
+    if there.is_relative_to(paths.ROOT):
+        return there.relative_to(paths.ROOT).as_posix()
+    return str(path if paths.resolve(path) == there else there)
+
+
+def _resized(pixels: np.ndarray, index: np.ndarray, size: int, scratch: Path | None) -> np.ndarray:
+    """Some of the ``pixels``, of another size."""
+    images = room((len(index), pixels.shape[1], size, size), scratch)
+    for start in range(0, len(index), 4096):  # 4,096 images of 96 pixels are 0.45 GB in float32
+        x = torch.from_numpy(pixels[index[start : start + 4096]])
+        if x.shape[2:] != (size, size):
+            x = F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+        images[start : start + 4096] = x.numpy()
+    return images
+
+
+def _decoded(
+    listing: Listing, index: np.ndarray, input: Input, reading: Reading, cache: Path | None, scratch: Path | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels of files, and the index of those that can be read.
+
+    They are decoded once into a file whose name begins with ``cache`` and ends with a hash of what decides its content.
+    """
+    from tqdm.auto import tqdm
+
+    size, files, names = input.image_size, [listing.files[i] for i in index], [listing.names[i] for i in index]
+    boxes = [listing.boxes[i] for i in index] if listing.boxes else ()
+    path = None
+    if cache:
+        key = hashlib.sha256(repr((size, input.fit, boxes)).encode())
+        for file in files:
+            stat = file.stat()
+            key.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        path = cache.with_name(f"{cache.name}-{size}-{key.hexdigest()[:12]}.npy")
+        if path.exists():
+            return np.load(path, mmap_mode="r"), index
+    shape = (len(index), 3, size, size)
+    kept: list[int] = []
+    with replacing(path) if path else nullcontext() as temporary:
+        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape) if temporary else room(shape, scratch)
+        images = read_many(files, size, input.fit, reading, names=names, boxes=boxes)
+        for i, image in tqdm(images, "decode", len(files), mininterval=1, leave=False):
+            pixels[len(kept)] = image
+            kept.append(i)
+        reading.check()
+    return np.load(path, mmap_mode="r") if path else pixels[: len(kept)], index[kept]

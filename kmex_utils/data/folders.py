@@ -1,0 +1,83 @@
+"""A folder of images: where it lies, which files are images, and what the layout says of classes and splits."""
+
+from collections import Counter
+from collections.abc import Callable
+from glob import glob
+from pathlib import Path
+
+from PIL import Image
+
+from .. import paths
+
+SPLITS = ("train", "test", "val", "valid", "validation")  # in any case; one of the last four beside train/
+LAYOUTS = "give <class>/*, or train/<class>/* with test/<class>/* (or val/)"
+NO_IMAGES = {".pdf", ".mpg", ".mpeg"}  # Pillow writes these and does not read them
+
+
+def located(folder: str | Path) -> Path:
+    """The absolute path: seen from the working directory or, if nothing is there, from the repository's root."""
+    path, in_repository = Path(folder).expanduser(), paths.resolve(folder)
+    return in_repository if in_repository.exists() and not path.exists() else path.absolute()
+
+
+def listed(folder: str | Path, log: Callable[[str], None] | None = None) -> list[Path]:
+    """Every image file below a folder, by its ending, sorted; hidden files and folders are left out.
+
+    ``log`` gets one line with the endings of the files that are left out, if there are any. Raises FileNotFoundError
+    or ValueError if there is no such folder or no image in it.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} does not exist or is not a folder: give a folder of images")
+    endings = set(Image.registered_extensions()) - NO_IMAGES
+    files = sorted(file for name in glob("**", root_dir=root, recursive=True) if (file := root / name).is_file())
+    images = [file for file in files if file.suffix.lower() in endings]
+    others = Counter(file.suffix.lower() or "without ending" for file in files if file.suffix.lower() not in endings)
+    skipped = ", ".join(f"{count} {ending}" for ending, count in others.most_common())
+    if not images:
+        raise ValueError(f"{root} holds no images" + (f" of a known ending, but {skipped}" if skipped else ""))
+    if skipped and log:
+        log(f"left out by their ending: {skipped}")
+    return images
+
+
+def layout(root: Path, files: list[Path], *, needs_labels: bool, strict: bool) -> tuple[list[str], list[bool]]:
+    """Class of each file ("": it has none) and whether it is of the test split.
+
+    The layouts: ``train/<class>/*`` with ``test/<class>/*`` (or ``val``, ``valid``, ``validation``; in any case),
+    ``<class>/*``, and images alone if labels are not needed. Raises ValueError for another layout, a single class, test
+    classes that train/ lacks and, with ``strict``, a class folder without images.
+    """
+    fix = LAYOUTS if needs_labels else f"{LAYOUTS}, or images alone"
+    parts = [file.relative_to(root).parts for file in files]
+    top = {p[0] for p in parts if len(p) > 1}
+    splits = sorted((name for name in top if name.lower() in SPLITS), key=lambda name: SPLITS.index(name.lower()))
+    test, train_folder = [False] * len(parts), root
+    if splits:
+        is_train = [name.lower() == "train" for name in splits]
+        if is_train != [True, False] or len(top) > 2 or any(len(p) < 3 for p in parts):
+            names = ", ".join(f"{name}/" for name in splits)
+            more = " of three splits, put train/ and test/ alone into a folder;" if len(splits) > 2 else ""
+            raise ValueError(f"{root} holds {names} but not as a split with class folders:{more} {fix}")
+        test, train_folder = [p[0] == splits[1] for p in parts], root / splits[0]
+        parts = [p[1:] for p in parts]
+    class_of = [p[0] if len(p) > 1 else "" for p in parts]
+    classes = sorted(set(class_of) - {""})
+    if not classes and needs_labels:
+        raise ValueError(f"{root} holds images without class folders: {fix}")
+    if classes and "" in class_of:
+        loose = class_of.count("")
+        raise ValueError(f"{root} holds {loose} images beside the class folders {', '.join(classes[:3])} …: {fix}")
+    if len(classes) == 1:
+        alone = f", or the folder {root / classes[0]} itself to have the network's predictions as labels"
+        raise ValueError(
+            f"{root} holds one class only ({classes[0]}): give at least two{'' if needs_labels else alone}"
+        )
+    in_train = {name for name, is_test in zip(class_of, test, strict=True) if not is_test}
+    empty = {Path(name).name for name in glob("*/", root_dir=train_folder)} - in_train
+    if strict and classes and empty:
+        names = ", ".join(sorted(empty))
+        raise ValueError(f"{train_folder} has classes without images: {names}; add images or remove the folders")
+    if extra := sorted(set(classes) - in_train):
+        raise ValueError(f"{root / splits[1]} has classes that train/ lacks: {', '.join(extra)}")
+    return class_of, test

@@ -1,0 +1,246 @@
+"""Where images come from: the paper's data sets, a folder, one's own ``torch`` data set; not yet decoded."""
+
+import fnmatch
+import glob
+import hashlib
+import io
+import operator
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .. import paths
+from . import folders
+from .reading import Reading, fitted, room
+
+MNIST_MINI_SHA256 = "ca038e34953256d15c41ff771ae1cb9d00049611dec5ee0c80c29b86025a9d83"
+CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+CUB_MD5 = "97eceeb196236b17998738112f37df78"
+SIZES = {  # training images, test images, classes
+    "mnist-mini": (2_500, 1_500, 10),
+    "mnist": (60_000, 10_000, 10),
+    "stl10": (5_000, 8_000, 10),
+    "cub200": (5_994, 5_794, 200),
+}
+
+
+@dataclass(frozen=True)
+class Listing:
+    """N images, not yet decoded: ``labels`` int64 [N] (-1: none), ``is_test`` bool [N] (None: there is no test split).
+
+    They lie in ``files`` (with ``boxes`` to cut out: x, y, width, height) or in ``pixels``, uint8 [N, 1 or 3, H, W].
+    """
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    names: Sequence[str]
+    is_test: np.ndarray | None
+    files: Sequence[Path] = ()
+    boxes: Sequence[Sequence[float]] = ()
+    pixels: np.ndarray | None = None
+
+
+def matching(classes: Sequence[str], wanted: str | Sequence[str]) -> list[int]:
+    """Indices of the classes that comma-separated names or patterns, or a list of names, select; empty selects all."""
+    patterns = [glob.escape(name) for name in wanted]
+    if isinstance(wanted, str):
+        patterns = [pattern.strip() for pattern in wanted.split(",")] if wanted.strip() else []
+    if not patterns:
+        return list(range(len(classes)))
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(name, pattern) for name in classes):
+            raise ValueError(f"no class matches {pattern!r}; the classes are {', '.join(classes)}")
+    keep = [i for i, name in enumerate(classes) if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    if len(keep) < 2:
+        raise ValueError(f"`classes` {wanted!r} leaves only {classes[keep[0]]!r}; keep at least two classes")
+    return keep
+
+
+def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Which images are held out, bool [n]: a random ``share`` of each label, rounded down; at least one image stays."""
+    generator = np.random.default_rng(seed)
+    mask = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        mask[members[: min(int(share * len(members)), len(members) - 1)]] = True
+    return mask
+
+
+def known(name: str, data: Path, crop: bool = False) -> Listing:
+    """One of the paper's data sets, downloaded into ``data`` if it is not there."""
+    if name == "cub200":
+        return _cub200(data, crop)
+    return {"mnist-mini": _mnist_mini, "mnist": _mnist, "stl10": _stl10}[name](data)
+
+
+def expected(name: str) -> Listing:
+    """The numbers that :func:`known` gives after the download; classes are numbered."""
+    train, test, classes = SIZES[name]
+    labels = np.concatenate([np.arange(count) % classes for count in (train, test)])
+    return Listing(tuple(map(str, range(classes))), labels, (), np.arange(len(labels)) >= train)
+
+
+def _in_memory(classes: Sequence[str], pixels: list, labels: list, names: Any = None) -> Listing:
+    """A listing of the pixels, labels and names of (train, test)."""
+    counts = [len(part) for part in labels]
+    names = np.concatenate(names or [np.arange(count) for count in counts])
+    is_test = np.arange(sum(counts)) >= counts[0]
+    labels_of_both = np.concatenate(labels).astype(np.int64)
+    return Listing(tuple(classes), labels_of_both, [*map(str, names)], is_test, pixels=np.concatenate(pixels))
+
+
+def _mnist_mini(data: Path) -> Listing:
+    content = paths.MNIST_MINI.read_bytes() if paths.MNIST_MINI.exists() else b""
+    if hashlib.sha256(content).hexdigest() != MNIST_MINI_SHA256:
+        fix = "restore it with `git checkout -- data/mnist-mini.npz`"
+        raise ValueError(f"{paths.MNIST_MINI} is missing or damaged; {fix}")
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        images, labels, index = (
+            [file[f"{s}_{key}"] for s in ("train", "test")] for key in ("images", "labels", "index")
+        )
+    return _in_memory("0123456789", [part[:, None] for part in images], labels, index)
+
+
+def _mnist(data: Path) -> Listing:
+    from torchvision.datasets import MNIST
+
+    raw = data / "MNIST" / "raw"
+    fetch = partial(MNIST, data, download=True)
+    splits = [_downloaded(partial(fetch, train=train), raw, "the four MNIST .gz files") for train in (True, False)]
+    pixels = [split.data.numpy()[:, None] for split in splits]
+    return _in_memory("0123456789", pixels, [split.targets.numpy() for split in splits])
+
+
+def _stl10(data: Path) -> Listing:
+    from torchvision.datasets import STL10
+
+    fetch = partial(STL10, data, download=True)
+    splits = [_downloaded(partial(fetch, split=split), data, "stl10_binary.tar.gz") for split in ("train", "test")]
+    classes = (data / "stl10_binary" / "class_names.txt").read_text().split()
+    return _in_memory(classes, [split.data for split in splits], [split.labels for split in splits])
+
+
+def _cub200(data: Path, crop: bool) -> Listing:
+    root = data / "CUB_200_2011"
+    if not (root / "images.txt").exists():
+        archive = data / "CUB_200_2011.tgz"
+        if not archive.exists():
+            from torchvision.datasets.utils import download_url
+
+            _downloaded(partial(download_url, CUB_URL, str(data), archive.name, CUB_MD5), data, archive.name)
+        extract_cub(archive, data)
+
+    def table(name: str) -> dict[str, str]:
+        return dict(line.split(maxsplit=1) for line in (root / f"{name}.txt").read_text().splitlines())
+
+    images, class_of, is_train, class_names = map(
+        table, ("images", "image_class_labels", "train_test_split", "classes")
+    )
+    boxes = table("bounding_boxes") if crop else {}
+    present = sorted(set(class_of.values()), key=int)
+    labels = np.array([present.index(class_of[i]) for i in images])
+    is_test = np.array([is_train[i] != "1" for i in images])
+    classes = tuple(class_names[c].split(".", 1)[-1] for c in present)
+    files = [root / "images" / name for name in images.values()]
+    numbers = [[float(value) for value in boxes[i].split()] for i in images] if crop else ()
+    return Listing(classes, labels, list(images.values()), is_test, files, numbers)
+
+
+def extract_cub(archive: Path, data: Path) -> None:
+    """Check the official archive's MD5 and unpack it; links and names that leave the folder are refused."""
+    with open(archive, "rb") as file:
+        if hashlib.file_digest(file, "md5").hexdigest() != CUB_MD5:
+            fix = "delete it and run again"
+            raise ValueError(f"{archive} is not the official CUB-200-2011 archive (MD5 {CUB_MD5}); {fix}")
+    with tarfile.open(archive) as tar:
+        tar.extractall(data, filter="data")
+
+
+def _downloaded(fetch: Callable[[], Any], where: Path, what: str) -> Any:
+    """Run a download; a missing network is one line that says which file to put where."""
+    where.mkdir(parents=True, exist_ok=True)
+    try:
+        return fetch()
+    except (OSError, RuntimeError) as error:
+        raise ConnectionError(f"cannot download ({error}); put {what} into {where} and run again") from None
+
+
+def folder(
+    source: str | Path, *, needs_labels: bool, strict: bool, log: Callable[[str], None] | None = None
+) -> Listing:
+    """A folder of images, see :func:`~kmex_utils.data.folders.layout`."""
+    root = folders.located(source)
+    if isinstance(source, str) and not root.is_dir() and Path(source).name == source:
+        raise ValueError(f"unknown dataset {source!r}: use one of {', '.join(SIZES)}, or give a folder of images")
+    files = folders.listed(root, log)
+    class_of, test = folders.layout(root, files, needs_labels=needs_labels, strict=strict)
+    classes = sorted(set(class_of) - {""})
+    number = {name: label for label, name in enumerate(classes)}
+    labels, is_test = np.array([number.get(name, -1) for name in class_of]), np.array(test)
+    names = [str(file.relative_to(root)) for file in files]
+    return Listing(tuple(classes), labels, names, is_test if is_test.any() else None, files)
+
+
+def torch_data(source: Any, size: int, fit: str, needs_labels: bool, reading: Reading, scratch: Path | None) -> Listing:
+    """A ``torch`` data set, or a pair (train, test), of (image, label); read once, to uint8 [N, 3, size, size].
+
+    Raises TypeError or ValueError for items or labels that do not do, in one line that names the fix.
+    """
+    from tqdm.auto import tqdm
+
+    pair = source if isinstance(source, tuple) else (source,)
+    if len(pair) > 2 or not all(hasattr(part, "__len__") and hasattr(part, "__getitem__") for part in pair):
+        raise TypeError(f"give a known name, a folder, a torch data set or a pair (train, test), got {type(source)}")
+    pixels = room((sum(map(len, pair)), 3, size, size), scratch)
+    rows: list[tuple[int, str, bool]] = []  # label, name and whether it is of the test split
+    for part, dataset in enumerate(pair):
+        for i in tqdm(range(len(dataset)), "read", mininterval=1, leave=False):
+            with reading.attempt(f"image {i}"):
+                image, label = _image_and_label(dataset[i])
+                pixels[len(rows)] = reading.pixels(fitted(image, size, fit))
+                rows.append((label, str(i), part == 1))
+    reading.check()
+    labels, is_test = np.array([row[0] for row in rows], np.int64), np.array([row[2] for row in rows], bool)
+    classes, labels = _classes(pair[0], labels, is_test) if needs_labels or (labels >= 0).any() else ((), labels)
+    names = [row[1] for row in rows]
+    return Listing(classes, labels, names, is_test if len(pair) > 1 else None, pixels=pixels[: len(rows)])
+
+
+def _classes(dataset: Any, labels: np.ndarray, is_test: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of the classes that have training images, by ``.classes`` or numbers, and labels among them."""
+    present = np.unique(labels[~is_test]).tolist()
+    if len(present) < 2 or present[0] < 0:
+        raise ValueError(f"labels must be 0, 1 … of at least two classes, got {present[:3]}")
+    if extra := sorted(set(labels.tolist()) - set(present)):
+        raise ValueError(f"the test images have labels that the training images lack: {extra}")
+    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):  # a Subset
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", range(present[-1] + 1))
+    if present[-1] >= len(names):
+        raise ValueError(f"there is a label {present[-1]}, but the data set's .classes are {len(names)}")
+    return tuple(str(names[c]) for c in present), np.searchsorted(present, labels)
+
+
+def _image_and_label(item: Any) -> tuple[Image.Image, int]:
+    try:
+        image, label = item
+        label = operator.index(label)
+    except (TypeError, ValueError):
+        raise TypeError(f"a data set's items must be (image, integer label), got {type(item)}") from None
+    if isinstance(image, Image.Image):
+        return image, label
+    array = image.numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or 3 not in (array.shape[0], array.shape[2]):
+        fix = "drop ToTensor and Normalize from its transforms, the network's own normalisation follows"
+        kinds = f"uint8 [H, W, 3] or [3, H, W], got {array.dtype} {list(array.shape)}"
+        raise TypeError(f"a data set's images must be Pillow images or {kinds}: {fix}")
+    if array.shape[2] != 3:
+        array = array.transpose(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(array)), label

@@ -1,0 +1,205 @@
+"""A whole folder explained to files that other tools read: Parquet for tables, NPZ or PNG for maps."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..data.folders import listed
+from ..data.reading import Reading, read_many
+from ..hardware import exact, pick_device
+from ..method.attribution import attribution, carried
+from ..method.products import double_device
+from ..store import load_json, replacing, save_json
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError:
+    raise ImportError("Parquet tables need pyarrow, which is not installed: pip install pyarrow") from None
+
+Explained = Any  # kmex_utils.explanation.explained.Explained, which imports this module
+MAPS = ("npz", "png", "none")
+WHITE = 65535  # of a 16-bit PNG
+Rows = list[dict[str, Any]]
+
+
+@exact()
+@torch.no_grad()
+def export(
+    explained: Explained,
+    folder: str | Path,
+    images: str | Path,
+    *,
+    maps: str = "npz",
+    batch_size: int = 32,
+    resume: bool = False,
+    device: str = "auto",
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Explain every image below a folder, batch by batch; a killed export continues with ``resume``.
+
+    Leaves in ``folder``:
+
+    ``images.parquet``
+        a row for each image: file, the network's class and score, each explainer's class, the ``error`` of one that
+        cannot be read;
+    ``segments.parquet``
+        a row for each image, explainer and prototype in its map: class, share of the positions, attribution to the
+        network's predicted class (empty where eq. 11 does not hold);
+    ``maps/<file>.npz``
+        by explainer the prototype indices (``B4`` …, int32) and attributions (``attribution_B4`` …, float32), each
+        [H_b, W_b]; or, with ``maps="png"``, ``maps/<file>.B4.png`` with the indices as 16-bit grey and
+        ``maps/<file>.B4.attribution.png`` with attribution = (value / 65535 - 0.5) * 2 * ``attribution_limit``, a
+        column of ``images.parquet``;
+    ``settings.json``
+        everything that made them.
+
+    Parameters
+    ----------
+    images
+        Any folder with images; class folders or not.
+    maps
+        ``npz``, ``png`` or ``none``.
+    resume
+        Continue in a folder that exists; a finished one is left as it is.
+    log
+        Gets a line for each image that cannot be read.
+
+    Raises
+    ------
+    ValueError, FileExistsError, FileNotFoundError
+        One line: the folder exists; it is of other images or settings.
+    """
+    if maps not in MAPS:
+        raise ValueError(f"maps must be one of {', '.join(MAPS)}, got {maps!r}")
+    if maps == "png" and max(len(e.prototypes) for e in explained.explainers.values()) > WHITE + 1:
+        raise ValueError("more than 65,536 prototypes do not fit a 16-bit PNG: use maps='npz'")
+    folder, root = Path(folder).expanduser(), Path(images).expanduser()
+    if folder.exists() and not resume:
+        raise FileExistsError(f"{folder} exists: choose another folder, or give resume=True to continue in it")
+    files = listed(root, log)
+    made_by = {**explained.settings, "images": str(root.resolve()), "maps": maps, "batch_size": batch_size}
+    made_by |= {"weights": explained.network.fingerprint, "files": _digest(_states(root, files))}
+    made_by["prototypes"] = _digest(e.prototypes.vectors.numpy().tobytes() for e in explained.explainers.values())
+    settings = folder / "settings.json"
+    if settings.exists() and load_json(settings) != json.loads(json.dumps(made_by)):
+        raise ValueError(f"{folder} holds an export of other images or settings: choose another folder")
+    save_json(settings, made_by)
+    schemas, parts = _schemas(explained), folder / "parts"
+    if not all((folder / f"{table}.parquet").exists() for table in schemas):
+        chosen = pick_device(device)
+        explained.network.to(chosen)
+        try:
+            for i in tqdm(range(0, len(files), batch_size), desc="export", unit="batch"):
+                done = {table: parts / f"{table}-{i:09d}.parquet" for table in schemas}
+                if not all(path.exists() for path in done.values()):
+                    tables = _batch(explained, files[i : i + batch_size], root, folder / "maps", maps, chosen)
+                    for (table, path), rows in zip(done.items(), tables, strict=True):
+                        with replacing(path) as temporary:
+                            pq.write_table(pa.Table.from_pylist(rows, schemas[table]), temporary)
+        finally:
+            explained.network.to("cpu")
+        for table, schema in schemas.items():
+            with replacing(folder / f"{table}.parquet") as temporary, pq.ParquetWriter(temporary, schema) as writer:
+                for path in sorted(parts.glob(f"{table}-*.parquet")):  # one by one: never all rows in memory
+                    writer.write_table(pq.read_table(path))
+        shutil.rmtree(parts)
+    errors = pq.read_table(folder / "images.parquet", columns=["file", "error"]).to_pylist()
+    for line in Reading(len(files), [(row["file"], row["error"]) for row in errors if row["error"]]).lines():
+        log(line)
+    return folder
+
+
+def _schemas(explained: Explained) -> dict[str, pa.Schema]:
+    """Columns of both tables and their types."""
+    text, number, index = pa.string(), pa.float64(), pa.int64()
+    classes = [f"KMEx-{k}" for k in explained.kmex] + [explained.name(b) for b in explained.explainers]
+    images = {"file": text, "predicted": text, "predicted_index": index}
+    images |= dict.fromkeys(("score", "probability", "attribution_limit"), number)
+    images |= dict.fromkeys((*classes, "error"), text)
+    segments = {"file": text, "explainer": text, "prototype": index, "class": text}
+    return {"images": pa.schema(images), "segments": pa.schema(segments | {"share": number, "attribution": number})}
+
+
+def _batch(
+    explained: Explained, files: Sequence[Path], root: Path, folder: Path, maps: str, device: torch.device
+) -> tuple[Rows, Rows]:
+    """Rows of both tables; writes the maps on the way."""
+    network, names = explained.network, [str(file.relative_to(root)) for file in files]
+    reading = Reading()
+    read = list(read_many(files, network.input.image_size, network.input.fit, reading, names=names))
+    reasons = dict(reading.unreadable)
+    images: Rows = [{"file": name, "error": reasons.get(name)} for name in names]
+    segments: Rows = []
+    if not read:
+        return images, segments
+    index, pixels = zip(*read, strict=True)
+    x, y = network.outputs(network.input(np.stack(pixels), device))
+    double = [u.to(double_device(device)) for u in x]
+    q_s = {b: explainer.sim(explainer.h(double)).cpu() for b, explainer in explained.explainers.items()}
+    y, h = y.cpu(), x[-1].cpu()
+    att = None
+    if network.pooled_linear:
+        align_corners = explained.explainers[len(x)].normalisation.align_corners
+        att = carried(attribution(h, network.c.cpu()[y.argmax(1)]), q_s, align_corners)
+    classes = {explained.name(b): explained.explainers[b].proj(q_s[b]).argmax(1) for b in q_s}
+    classes |= {f"KMEx-{k}": explainer.predict(explainer.h([h])) for k, explainer in explained.kmex.items()}
+    for n, i in enumerate(index):
+        image, j = images[i], int(y[n].argmax())
+        image |= {"predicted": network.classes[j], "predicted_index": j}
+        image |= {"score": float(y[n].max()), "probability": float(y[n].softmax(0).max())}
+        image |= {name: explained.classes[int(predicted[n])] for name, predicted in classes.items()}
+        limit = image["attribution_limit"] = max(float(a[n].abs().max()) for a in att.values()) if att else None
+        arrays = {explained.name(b): q_s[b][n].numpy().astype(np.int32) for b in q_s}
+        for b in q_s:
+            name, values = explained.name(b), att[b][n].numpy() if att else None
+            for segment in _segments(explained, b, arrays[name], values):
+                segments.append({"file": names[i], "explainer": name, **segment})
+            if values is not None:
+                arrays[f"attribution_{name}"] = values
+        _save_maps(folder / names[i], arrays, maps, limit or 1.0)
+    return images, segments
+
+
+def _segments(
+    explained: Explained, start_block: int, q_s: np.ndarray, values: np.ndarray | None
+) -> Iterator[dict[str, Any]]:
+    """What an image's map holds; all positions of a segment have one attribution, so its first tells it."""
+    labels = explained.explainers[start_block].prototypes.labels
+    used, first, counts = np.unique(q_s, return_index=True, return_counts=True)
+    for k, position, count in zip(used.tolist(), first.tolist(), counts.tolist(), strict=True):
+        att = None if values is None else float(values.flat[position])
+        name = explained.classes[int(labels[k])]
+        yield {"prototype": k, "class": name, "share": count / q_s.size, "attribution": att}
+
+
+def _save_maps(stem: Path, arrays: dict[str, Any], maps: str, limit: float) -> None:
+    if maps == "npz":
+        with replacing(stem.with_name(stem.name + ".npz")) as temporary:
+            np.savez_compressed(temporary, **arrays)
+    for name, values in arrays.items() if maps == "png" else ():
+        ending = f"{name}.png"
+        if name.startswith("attribution_"):
+            ending = f"{name.removeprefix('attribution_')}.attribution.png"
+            values = (WHITE * (0.5 + values / (2 * limit))).round().clip(0, WHITE)
+        with replacing(stem.with_name(f"{stem.name}.{ending}")) as temporary:
+            Image.fromarray(values.astype(np.uint16)).save(temporary)
+
+
+def _states(root: Path, files: Sequence[Path]) -> Iterator[bytes]:
+    """Name, size and time of change of each file: other files make another export."""
+    for file in files:
+        state = file.stat()
+        yield f"{file.relative_to(root)} {state.st_size} {state.st_mtime_ns}\n".encode()
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

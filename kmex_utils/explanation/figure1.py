@@ -1,0 +1,81 @@
+"""Figure 1: per explainer the image, its explanation map, the attribution and the nearest training patches."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from ..drawing import Colour, palette, short, styled
+from .interpretation import Interpretation, Patch
+
+COLOURED = (
+    10  # prototypes with a colour of their own and a patch, the largest: all that the style's palette tells apart
+)
+GREY = 0.88  # of the others
+
+
+@styled
+def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title: str = "") -> Figure:
+    """The interpretation process of one image.
+
+    Parameters
+    ----------
+    image
+        uint8 [S, S, 3].
+    interpretations
+        One per explainer, drawn from left to right (the paper: B4, B234). All attributions share one scale.
+    """
+    limit = max(0.0 if i.attribution is None else float(np.abs(i.attribution).max()) for i in interpretations) or 1.0
+    figure = plt.figure(figsize=(5.2 * len(interpretations), 4.2))
+    if title:
+        figure.suptitle(title)
+    panels = figure.subfigures(1, len(interpretations), squeeze=False, wspace=0.04)[0]
+    for panel, interpretation in zip(panels, interpretations, strict=True):
+        _draw(panel, image, interpretation, limit)
+    return figure
+
+
+def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation, limit: float) -> None:
+    grid = panel.add_gridspec(3, 15, height_ratios=[3, 1.35, 1.35])
+    top = [panel.add_subplot(grid[0, 5 * i : 5 * i + 5]) for i in range(3)]
+    extent = (0, image.shape[1], image.shape[0], 0)
+    top[0].imshow(image)
+    predicted = short(part.predicted)
+    top[0].set_title(f"{part.name}: predicts{' ' if len(predicted) < 10 else chr(10)}{predicted}")
+    top[1].imshow(_coloured(part), extent=extent)
+    top[1].set_title("explanation map")
+    if part.attribution is None:
+        top[2].text(0.5, 0.5, "no attribution:\neq. 11 does not hold", ha="center", va="center")
+    else:
+        drawn = top[2].imshow(part.attribution, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
+        top[2].set_title("attribution")
+        panel.colorbar(drawn, ax=top[2], shrink=0.8, pad=0.03)
+    for axes in top:
+        axes.set_axis_off()
+    for i, colour in enumerate(palette(COLOURED)):
+        axes = panel.add_subplot(grid[1 + i // 5, 3 * (i % 5) : 3 * (i % 5) + 3], xticks=[], yticks=[])
+        if i < len(part.patches):
+            _draw_patch(axes, part.patches[i], colour)
+        else:
+            axes.set_axis_off()
+
+
+def _draw_patch(axes: Axes, patch: Patch, colour: Colour) -> None:
+    axes.imshow(patch.pixels)
+    name, share = short(patch.class_name), f"{100 * patch.share:.0f} %"
+    if len(name) < 10:
+        axes.set_title(f"{name} · {share}", fontsize=8, pad=3)
+    else:
+        axes.set_title(f"{name}\n{share}", fontsize=7, pad=3)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=colour, linewidth=3)
+
+
+def _coloured(part: Interpretation) -> np.ndarray:
+    """The map in the patches' colours, RGB; prototypes without a patch are light grey."""
+    rgb = np.full((*part.map.shape, 3), GREY)
+    for patch, colour in zip(part.patches, palette(COLOURED), strict=False):
+        rgb[part.map == patch.prototype] = colour
+    return rgb

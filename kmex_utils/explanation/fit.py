@@ -1,0 +1,276 @@
+"""From a frozen network and a folder of images to an explanation: one pass, class-wise k-means, a table."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import data
+from ..data import Dataset
+from ..hardware import exact, pick_device
+from ..method.composite import Normalisation
+from ..method.explainers import block_name
+from ..method.measures import accuracy, cosine_alignment
+from ..networks import Network
+from .explained import Explained
+from .passed import Passed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KEPT_H = 2**29  # bytes of encoder outputs kept for attributions of the folder's own images
+SPLITS = {"train": "images of the prototypes", "test": "held out"}  # as the table's columns say it
+
+
+def explain(
+    network: Network,
+    images: str | Path | Dataset | Any,
+    *,
+    start_block: int = 0,
+    prototypes_per_class: int = 5,
+    held_out: float = 0.2,
+    norm: str = "position",
+    scale: str = "1/D",
+    align_corners: bool = False,
+    grid: str = "shallowest",
+    restarts: int = 3,
+    seed: int = 0,
+    device: str = "auto",
+    batch_size: int = 32,
+    scratch: str | Path | None = None,
+    log: Callable[[str], None] = print,
+) -> Explained:
+    """Prototypes of a frozen network from a folder of images; nothing is trained.
+
+    Parameters
+    ----------
+    network
+        From :func:`kmex_utils.network`.
+    images
+        ``<class>/*``, or ``train/<class>/*`` with ``test/<class>/*`` (or ``val/``), or images without labels: then the
+        network's predictions stand in for labels in the class-wise clustering. Or a data set of
+        :func:`kmex_utils.data.load`, or what it takes: a ``torch`` data set, or a pair of them.
+    start_block
+        The shallowest block to explain from, 1 … B; 0: the last three blocks (B234 of four).
+    prototypes_per_class
+        K/C.
+    held_out
+        Share of each class kept from the prototypes, to measure accuracy on, where the folder has no ``test/``.
+    norm, scale, align_corners, grid
+        Of eq. 7 and 8, as in :class:`~kmex_utils.method.composite.Normalisation`.
+    restarts, seed
+        Of k-means; the seed also draws the held-out images.
+    scratch
+        Folder for the temporary files of what does not fit in memory; None: the system's. Activations that do not fit
+        there either are computed anew whenever they are read, and the output says so.
+    log
+        Gets one line for each thing worth saying.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        One line that says what to change.
+    """
+    blocks = len(network.blocks)
+    first = start_block or max(1, blocks - 2)
+    block_name(first, blocks)  # refuses a block that is not there
+    normalisation = Normalisation(norm, scale, align_corners, grid)
+    if prototypes_per_class < 1:
+        raise ValueError(f"prototypes_per_class (K/C) must be at least 1, got {prototypes_per_class}")
+    chosen = pick_device(device)
+    if scratch and not Path(scratch).expanduser().is_dir():
+        raise FileNotFoundError(f"scratch must be a folder that exists, got {scratch}")
+    scratch = Path(scratch).expanduser() if scratch else None
+    if network.assumed:
+        log(f"images enter {network.name} as {network.preprocessing()}")
+    dataset = _opened(images, network, held_out, seed, scratch, log)
+    settings = {
+        **network.settings(),
+        "dataset": dataset.name,
+        "data": dataset.settings,
+        "folder": str(Path(images).expanduser().absolute()) if isinstance(images, str | Path) else "",
+        "start_block": first,
+        "prototypes_per_class": prototypes_per_class,
+        "held_out": held_out,
+        "norm": norm,
+        "scale": scale,
+        "align_corners": align_corners,
+        "grid": grid,
+        "restarts": restarts,
+        "seed": seed,
+    }
+    if dataset.classes:
+        _enough(dataset, prototypes_per_class)
+    if not network.pooled_linear:
+        log(f"no attributions: Theorem 1 and eq. 11 do not hold for {network.name}: {network.between}")
+    explained = Explained(network, dataset, settings)
+    with tempfile.TemporaryDirectory(dir=scratch) as temporary, exact(), torch.no_grad():
+        try:
+            options: dict[str, Any] = {"device": chosen, "batch_size": batch_size, "log": log}
+            passed = Passed.of(network, dataset, first, store="auto", folder=Path(temporary), **options)
+            if not dataset.classes:
+                passed = _stand_in(explained, passed, log)
+            _fit(explained, passed, normalisation)
+            z = {split: passed.z(split) for split in SPLITS if len(passed.x[split])}
+        finally:
+            network.to("cpu")
+        explained.table = _table(explained, z, log)
+    return explained
+
+
+def _opened(
+    images: str | Path | Dataset | Any,
+    network: Network,
+    held_out: float,
+    seed: int,
+    scratch: Path | None,
+    log: Callable[[str], None],
+) -> Dataset:
+    if not isinstance(images, Dataset):
+        options: dict[str, Any] = {"held_out": held_out, "seed": seed, "scratch": scratch, "log": log}
+        source = Path(images) if isinstance(images, str) else images  # a folder, though a data set bears its name
+        return data.load(source, network.input, strict=False, needs_labels=False, data=None, **options)
+    if replace(images.input, fit=network.input.fit) != network.input:
+        raise ValueError("the data set's image size and normalisation are not the network's: load it with the same")
+    return images
+
+
+def _enough(dataset: Dataset, prototypes_per_class: int) -> None:
+    for c, name in enumerate(dataset.classes):
+        count = int((dataset.train.labels == c).sum())
+        if count < prototypes_per_class:
+            raise ValueError(
+                f"class {name!r} has {count} images to make prototypes from, fewer than K/C = {prototypes_per_class}: "
+                "lower prototypes_per_class or held_out, or add images"
+            )
+
+
+def _fit(explained: Explained, passed: Passed, normalisation: Normalisation) -> None:
+    """The clusterings, and what is kept to answer quickly for the folder's own images."""
+    settings = explained.settings
+    how = {"seed": settings["seed"], "restarts": settings["restarts"]}
+    for b in range(passed.blocks, settings["start_block"] - 1, -1):
+        explainer = passed.fit_encoder(b, normalisation, settings["prototypes_per_class"], **how)
+        explained.add_encoder(explainer, passed, passed.map(explainer, "train"), **how)
+        explained.maps[b, "test"] = passed.map(explainer, "test").int()
+    for count in sorted({1, settings["prototypes_per_class"]}):
+        explained.add_kmex(passed.fit_kmex(count, **how), **how)
+    explained.y = passed.y
+    last = passed.blocks
+    if passed.bytes_of[last] * sum(map(len, passed.x.values())) <= KEPT_H:
+        explained.h = {split: torch.cat([h.cpu() for h in passed.h(split)]) for split in SPLITS if len(passed.x[split])}
+
+
+# --- predictions as labels ----------------------------------------------------------------------------------------
+
+
+def _stand_in(explained: Explained, passed: Passed, log: Callable[[str], None]) -> Passed:
+    """Predictions as labels; predicted classes with fewer than K/C images are set aside (label -1)."""
+    network, count = explained.network, explained.settings["prototypes_per_class"]
+    predicted = passed.y["train"].argmax(1)
+    outputs, images = predicted.unique(return_counts=True)
+    kept = outputs[images >= count]
+    if len(kept) < 2:
+        most = network.classes[int(outputs[images.argmax()])]
+        raise ValueError(
+            f"the network puts {int(images.max())} of {len(predicted)} images into one class ({most}) and no second "
+            f"class has K/C = {count} images: lower prototypes_per_class, add images, or give labels as <class>/*"
+        )
+    classes = tuple(network.classes[j] for j in kept.tolist())
+    log(f"no labels in the folder: the predictions of {network.name} stand in for them ({_some(classes, 5)})")
+    left_out = images[images < count]
+    if len(left_out):
+        log(
+            f"{int(left_out.sum())} images of {len(left_out)} predicted classes with fewer than K/C = {count} images "
+            "make no prototypes"
+        )
+    labels = {split: _relabelled(y.argmax(1), kept) for split, y in passed.y.items()}
+    dataset = explained.dataset
+    assert dataset is not None
+    train, test = (replace(dataset.split(split), labels=labels[split]) for split in SPLITS)
+    explained.dataset = replace(dataset, classes=classes, train=train, test=test)
+    explained.classes = classes
+    explained.settings["stand_in_classes"] = kept.tolist()
+    return replace(passed, labels=labels, classes=classes)
+
+
+def _relabelled(predicted: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    same = predicted[:, None] == kept
+    return torch.where(same.any(1), same.int().argmax(1), -1)
+
+
+# --- Tables 1 and 2 -----------------------------------------------------------------------------------------------
+
+
+def _table(explained: Explained, z: dict[str, torch.Tensor], log: Callable[[str], None]) -> "pd.DataFrame":
+    """Tables 1 and 2 for this network and folder; one row for each model."""
+    import pandas as pd
+
+    dataset, network = explained.dataset, explained.network
+    assert dataset is not None
+    word = "agreement" if explained.predictions_as_labels else "accuracy"
+    labels = {split: dataset.split(split).labels for split in SPLITS}
+    rows: dict[str, dict[str, float]] = {}
+
+    def score(name: str, split: str, predicted: torch.Tensor) -> None:
+        labelled = labels[split] >= 0
+        if labelled.any():
+            value = accuracy(predicted[labelled], labels[split][labelled])
+            rows.setdefault(name, {})[f"{word}, {SPLITS[split]} (%)"] = value
+
+    def align(name: str, vectors: torch.Tensor, classes: torch.Tensor) -> None:
+        labelled = labels["train"] >= 0
+        inside, outside = cosine_alignment(z["train"][labelled], labels["train"][labelled], vectors, classes)
+        rows.setdefault(name, {}).update({"cosine, class": inside, "cosine, out": outside})
+
+    outputs = network_classes(explained)
+    if outputs is None:
+        log(
+            f"accuracy of the network itself: not known, its classes ({_some(network.classes, 3)}) do not name the "
+            f"folder's ({_some(explained.classes, 3)}): give classes="
+        )
+    else:
+        if network.pooled_linear:
+            align("CNN", network.c[outputs].cpu(), torch.arange(len(outputs)))
+        if not explained.predictions_as_labels:
+            class_of = torch.full((len(network.classes),), -1)
+            class_of[outputs] = torch.arange(len(outputs))
+            for split in z:
+                score("CNN", split, class_of[explained.y[split].argmax(1)])
+    for count, kmex in explained.kmex.items():
+        name = f"KMEx (K/C={count})"
+        align(name, kmex.prototypes.vectors, kmex.prototypes.labels)
+        for split in z:
+            score(name, split, kmex.predict(z[split]))
+    for b, explainer in explained.explainers.items():
+        for split in z:
+            score(explained.name(b), split, explainer.proj(explained.maps[b, split].long()).argmax(1))
+    order = ["cosine, class", "cosine, out", *(f"{word}, {part} (%)" for part in SPLITS.values())]
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index.name = "model"
+    return table.reindex(columns=[name for name in order if name in table])
+
+
+def network_classes(explained: Explained) -> torch.Tensor | None:
+    """For each class of the folder the network's output of that name, [groups]; None if a class has not exactly one.
+
+    Numbers that stand in for unknown names name nothing.
+    """
+    if explained.predictions_as_labels:
+        return torch.tensor(explained.settings["stand_in_classes"])
+    theirs = [_plain(name) for name in explained.network.classes]
+    ours = [_plain(name) for name in explained.classes]
+    if not explained.network.named or len(set(ours)) < len(ours) or any(theirs.count(name) != 1 for name in ours):
+        return None
+    return torch.tensor([theirs.index(name) for name in ours])
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ").replace("-", " ").strip()
+
+
+def _some(names: Sequence[str], limit: int) -> str:
+    return ", ".join(names[:limit]) + (" …" if len(names) > limit else "")

@@ -1,0 +1,72 @@
+"""The parts of Figure 1 for one image and one explainer: explanation map, attribution, nearest training patches."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A prototype and a training patch near it.
+
+    ``share`` of the explained image's positions; ``pixels`` uint8 [s, s, 3], the training image around the segment
+    of the nearest row, faded outside it; ``index`` of that image in the training split.
+    """
+
+    prototype: int
+    class_name: str
+    share: float
+    pixels: np.ndarray
+    index: int
+
+
+@dataclass(frozen=True)
+class Interpretation:
+    """One image by one explainer: ``map`` of prototype indices [H', W'], ``attribution`` [H', W'], patches by size.
+
+    ``attribution`` is None where eq. 11 does not hold: something lies between average pool and linear head.
+    """
+
+    name: str
+    map: np.ndarray
+    attribution: np.ndarray | None
+    patches: tuple[Patch, ...]
+    predicted: str
+
+
+def segment_patch(image: np.ndarray, segments: np.ndarray, position: int) -> np.ndarray:
+    """The part of an image that one row's segment covers.
+
+    The connected part of the segment around ``position`` (row-major on the map's grid) is cut out in a square with one
+    cell of context on each side; what is outside the segment is faded towards grey.
+
+    ``image`` uint8 [S, S, 3], ``segments`` int [H', W']; returns uint8 [s, s, 3].
+    """
+    row, column = divmod(position, segments.shape[1])
+    part = _connected(segments == segments[row, column], row, column)
+    rows, columns = (np.flatnonzero(part.any(axis)) for axis in (1, 0))
+    size = image.shape[0]
+    cell_h, cell_w = size / part.shape[0], size / part.shape[1]
+    extent_h, extent_w = rows[-1] - rows[0] + 3, columns[-1] - columns[0] + 3  # with a cell of context on each side
+    side = min(round(max(extent_h * cell_h, extent_w * cell_w)), size)
+    top, left = (
+        int(np.clip(round((cells[0] + cells[-1] + 1) / 2 * cell - side / 2), 0, size - side))
+        for cells, cell in ((rows, cell_h), (columns, cell_w))
+    )
+    row_of, column_of = (np.arange(size) * cells // size for cells in part.shape)
+    inside = part[row_of][:, column_of, None]
+    faded = 0.35 * image + 0.65 * 160  # towards a mid grey, faint enough to tell and strong enough to see where it lies
+    return np.where(inside, image, faded).astype(np.uint8)[top : top + side, left : left + side]
+
+
+def _connected(segment: np.ndarray, row: int, column: int) -> np.ndarray:
+    """The part of a mask [H', W'] that is connected with a position, along rows and columns."""
+    reached = np.zeros_like(segment)
+    reached[row, column] = True
+    while True:
+        padded = np.pad(reached, 1)
+        beside = padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+        spread = segment & (reached | beside)
+        if np.array_equal(spread, reached):
+            return reached
+        reached = spread

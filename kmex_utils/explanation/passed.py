@@ -1,0 +1,194 @@
+"""A data set passed once through a frozen network and kept: what prototypes are clustered from, again and again."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import Dataset
+from ..method.composite import Normalisation
+from ..method.explainers import EncoderKMeans, KMEx, avg_pool, block_name
+from ..method.kmeans import DenseRows
+from ..method.measures import accuracy
+from ..method.operator import CompositeRows
+from ..method.products import double_device
+from ..method.prototypes import classwise
+from ..networks import Network
+from .activations import Activations, activations, keep
+
+IN_MEMORY = 2 * 2**30  # bytes of activations that `store="auto"` and the rows of one class may take in memory
+
+
+@dataclass(frozen=True)
+class Passed:
+    """x(b) of a data set's images for the blocks from the first passed on, with the network's scores.
+
+    ``x``, ``y`` [N, C'] and ``labels`` [N] (-1: no class) by split; ``classes`` are the C names that labels count.
+    """
+
+    x: dict[str, Activations]
+    y: dict[str, torch.Tensor]
+    labels: dict[str, torch.Tensor]
+    classes: tuple[str, ...]
+    blocks: int
+    bytes_of: dict[int, int]  # of an image's activations, by start block
+    in_memory: bool
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        network: Network,
+        dataset: Dataset,
+        first_block: int,
+        *,
+        store: str = "memory",
+        folder: Path | None = None,
+        device: torch.device | str = "cpu",
+        batch_size: int = 128,
+        log: Callable[[str], None] = print,
+    ) -> "Passed":
+        """One pass over both splits.
+
+        ``store`` and ``folder`` as in :func:`~kmex_utils.explanation.activations.keep`; ``auto`` takes memory up to
+        2 GiB, then the disk of ``folder``, then nowhere, and says so.
+        """
+        blocks = len(network.blocks)
+        block_name(first_block, blocks)  # refuses a block that is not there
+        with torch.no_grad():
+            probe = network.eval().to(device).activations(dataset.input(dataset.train.pixels[:1], device))
+        bytes_of = {b: 4 * sum(x[0].numel() for x in probe[b - 1 :]) for b in range(first_block, blocks + 1)}
+        if store == "auto":
+            needed = bytes_of[first_block] * (len(dataset.train) + len(dataset.test))
+            store = _place(needed, folder, log)
+        x, y = {}, {}
+        for split in ("train", "test"):
+            scores: list[torch.Tensor] = []
+            options: dict[str, Any] = {"device": device, "batch_size": batch_size, "scores": scores}
+            x[split] = keep(network, dataset, split, first_block, store, folder=folder, **options)
+            if store == "nowhere":
+                for _ in activations(network, dataset, split, [blocks], **options):
+                    pass
+            y[split] = torch.cat(scores) if scores else torch.empty(0, len(network.classes))
+        labels = {split: dataset.split(split).labels for split in x}
+        where = double_device(torch.device(device))
+        return cls(x, y, labels, dataset.classes, blocks, bytes_of, store == "memory", where)
+
+    def rows(self, index: torch.Tensor, start_block: int, normalisation: Normalisation) -> CompositeRows:
+        """Rows of q(b:) of some training images, in memory where they fit."""
+        fits = self.in_memory or len(index) * self.bytes_of[start_block] <= IN_MEMORY
+        return self.x["train"].rows(index, start_block, normalisation, keep=fits, device=self.device)
+
+    def fit_encoder(
+        self,
+        start_block: int,
+        normalisation: Normalisation,
+        prototypes_per_class: int,
+        *,
+        seed: int,
+        restarts: int,
+        index: torch.Tensor | None = None,
+    ) -> EncoderKMeans:
+        """B4, B34 …: class-wise k-means on the rows of q(b:) of the training images, or of those of an ``index``."""
+        index = torch.arange(len(self.labels["train"])) if index is None else index
+
+        def rows_of(members: torch.Tensor) -> CompositeRows:
+            return self.rows(index[members], start_block, normalisation)
+
+        prototypes = classwise(
+            rows_of,
+            self.labels["train"][index],
+            self.classes,
+            prototypes_per_class,
+            seed=seed,
+            restarts=restarts,
+            progress=block_name(start_block, self.blocks),
+        )
+        prototypes = replace(prototypes, image=index[prototypes.image])  # of the training split, not of ``index``
+        return EncoderKMeans(prototypes, len(self.classes), start_block, normalisation)
+
+    def fit_kmex(
+        self, prototypes_per_class: int, *, seed: int, restarts: int, index: torch.Tensor | None = None
+    ) -> KMEx:
+        """KMEx of the training images, or of those of an ``index``."""
+        index = torch.arange(len(self.labels["train"])) if index is None else index
+        z, labels = self.z("train", index), self.labels["train"][index]
+        kmex = fit_kmex(z, labels, self.classes, prototypes_per_class, seed=seed, restarts=restarts)
+        return KMEx(replace(kmex.prototypes, image=index[kmex.prototypes.image]), len(self.classes))
+
+    def first_of_each_class(self, images_per_class: int) -> torch.Tensor:
+        """Index of the first so many training images of each class (0: of all), ascending, [n]."""
+        members = [(self.labels["train"] == c).nonzero().flatten() for c in range(len(self.classes))]
+        return torch.cat([index[: images_per_class or None] for index in members]).sort().values
+
+    def h(self, split: str) -> Iterator[torch.Tensor]:
+        """The encoder's output of a split in order, in parts [n, D, H, W]."""
+        for index in torch.arange(len(self.x[split])).split(512):
+            yield self.x[split].read(index, self.blocks)[-1]
+
+    def z(self, split: str, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeddings of a split, or of some of its images, [N, D]."""
+        x = self.x[split]
+        index = torch.arange(len(x)) if index is None else index
+        return torch.cat([avg_pool(x.read(part, self.blocks)[-1]).cpu() for part in index.split(512)])
+
+    def map(self, explainer: EncoderKMeans, split: str) -> torch.Tensor:
+        """q_s(b:) of a split, [N, H', W']."""
+        x = self.x[split]
+        index, start_block = torch.arange(len(x)), explainer.start_block
+        rows = x.rows(index, start_block, explainer.normalisation, keep=False, device=self.device)
+        return explainer.sim(rows).cpu()
+
+    def accuracies(
+        self, explainer: EncoderKMeans, splits: Sequence[str] = ("train", "test")
+    ) -> Iterator[tuple[str, str, float]]:
+        """(metric, split, %): both readings of the prediction of eq. 10."""
+        for split in splits:
+            yield from accuracies(explainer, self.map(explainer, split), self.labels[split], split)
+
+
+def fit_kmex(
+    z: torch.Tensor,
+    labels: torch.Tensor,
+    classes: Sequence[str],
+    prototypes_per_class: int,
+    *,
+    seed: int,
+    restarts: int,
+) -> KMEx:
+    """KMEx from embeddings z [N, D] and labels [N] (section 3.2)."""
+    prototypes = classwise(
+        lambda index: DenseRows(z[index]),
+        labels,
+        classes,
+        prototypes_per_class,
+        seed=seed,
+        restarts=restarts,
+        progress=f"KMEx, K/C = {prototypes_per_class}",
+    )
+    return KMEx(prototypes, len(classes))
+
+
+def accuracies(
+    explainer: EncoderKMeans, q_s: torch.Tensor, labels: torch.Tensor, split: str
+) -> Iterator[tuple[str, str, float]]:
+    """(metric, split, %) of maps q_s [N, H', W']: the class with most positions, and that of the most frequent one."""
+    yield "accuracy", split, accuracy(explainer.proj(q_s).argmax(1), labels)
+    yield "accuracy_most_frequent", split, accuracy(explainer.most_frequent(q_s), labels)
+
+
+def _place(needed: int, folder: Path | None, log: Callable[[str], None]) -> str:
+    """Where so many bytes of activations go."""
+    if needed <= IN_MEMORY:
+        return "memory"
+    free = shutil.disk_usage(folder).free if folder else 0
+    if needed <= 0.9 * free:  # a tenth of the disk stays free for others
+        return "disk"
+    log(
+        f"the activations take {needed / 2**30:.1f} GiB and {folder} has {free / 2**30:.1f} free: they are computed "
+        "anew whenever they are read, which is slow; scratch= names a folder with room"
+    )
+    return "nowhere"

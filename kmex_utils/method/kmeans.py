@@ -1,0 +1,319 @@
+"""k-means on the rows of one class: greedy k-means++, restarts in one product, Lloyd; on embeddings z or on q(b:).
+
+The algorithm only ever asks its data for inner products, weighted sums and a few rows (:class:`Rows`), so one
+implementation serves the dense z (:class:`DenseRows`) and the never-built composite
+(:class:`~kmex_utils.method.operator.CompositeRows`).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from . import products
+
+
+class Chunk(Protocol):
+    """Some rows q_r of dimension D."""
+
+    @property
+    def squared(self) -> torch.Tensor:
+        """||q_r||², [rows]."""
+
+    def dots(self, p: torch.Tensor) -> torch.Tensor:
+        """p_k · q_r, [K, rows], for p [K, D]; the caller may write into it."""
+
+    def sums(self, weights: torch.Tensor) -> torch.Tensor:
+        """Σ_r weights_kr q_r, [K, D], for weights [K, rows]."""
+
+    def bags(self, index: torch.Tensor, weights: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """Σ weights_m q_index_m over bags of consecutive m that begin at ``starts``, for few rows: [bags, D]."""
+
+
+class Rows(Protocol):
+    """n points of dimension D, read in chunks; what k-means needs to know of them.
+
+    Everything is measured from ``origin`` ([D] or []): rows far from zero and close together keep their distances.
+    """
+
+    dim: int
+    device: torch.device
+    origin: torch.Tensor
+
+    def __len__(self) -> int:
+        """The number of rows n."""
+
+    def chunks(self) -> Iterator[tuple[slice, Chunk]]:
+        """One pass over all rows."""
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """The rows of an index, [n, D], from the origin."""
+
+    def locate(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and position on its grid of the rows of an index."""
+
+
+class _DenseChunk:
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix = matrix
+        self.squared = matrix.square().sum(1)
+
+    def dots(self, p: torch.Tensor) -> torch.Tensor:
+        return p @ self.matrix.T
+
+    def sums(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights @ self.matrix
+
+    def bags(self, index: torch.Tensor, weights: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        return F.embedding_bag(index, self.matrix, starts, mode="sum", per_sample_weights=weights)
+
+
+class DenseRows:
+    """The rows of a matrix [n, D], one for each image, measured from their mean."""
+
+    def __init__(self, matrix: torch.Tensor, rows_per_chunk: int = 0) -> None:
+        if not torch.isfinite(matrix).all():
+            raise ValueError("the embeddings hold NaN or infinite values: check the images and the weights")
+        self.dim = matrix.shape[1]
+        self.device = matrix.device
+        self.origin = matrix.mean(0) if len(matrix) else matrix.new_zeros(())
+        self.matrix = matrix - self.origin
+        size = rows_per_chunk or products.rows_per_chunk(self.device)
+        spans = [slice(start, min(start + size, len(matrix))) for start in range(0, len(matrix), size)]
+        self._chunks = [(span, _DenseChunk(self.matrix[span])) for span in spans]
+
+    def __len__(self) -> int:
+        return len(self.matrix)
+
+    def chunks(self) -> Iterator[tuple[slice, Chunk]]:
+        """One pass over all rows."""
+        return iter(self._chunks)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Some rows, [n, D], from the origin."""
+        return self.matrix[index]
+
+    def locate(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row i is image i, at its only position."""
+        return index, torch.zeros_like(index)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Result of :func:`kmeans`: ``centroids`` [K, D], rows in each ``sizes`` [K], the ``nearest`` row to each [K],
+    ``inertia`` (sum of squared distances) and the iterations of the restart that was kept.
+    """
+
+    centroids: torch.Tensor
+    sizes: torch.Tensor
+    nearest: torch.Tensor
+    inertia: float
+    iterations: int
+
+
+def kmeans(
+    rows: Rows,
+    k: int,
+    *,
+    restarts: int = 10,
+    max_iterations: int = 300,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+    start: torch.Tensor | None = None,
+) -> Clusters:
+    """Lloyd's k-means from greedy k-means++, the best of several restarts.
+
+    A restart ends when no assignment changes, or when its centroids move by less than ``tolerance`` times the mean
+    variance of a coordinate (squared, summed; scikit-learn's rule, so it follows the data's scale; iterations,
+    restarts and tolerance are its defaults, too). Ties go to the lowest index. Sums are kept in float64. With
+    centroids ``start`` [K, D] there is one restart, from them.
+
+    Raises
+    ------
+    ValueError
+        ``k`` is not between 1 and the number of rows, or there is no restart.
+    """
+    if not 1 <= k <= len(rows):
+        raise ValueError(f"k must be between 1 and the {len(rows)} rows, got {k}")
+    if restarts < 1:
+        raise ValueError(f"restarts must be at least 1, got {restarts}")
+    if start is None:
+        centroids = _plus_plus(rows, k, restarts, torch.Generator().manual_seed(seed))
+    else:
+        centroids = start[None].to(rows.device) - rows.origin
+    clusters = _lloyd(rows, centroids, max_iterations, tolerance * _mean_variance(rows))
+    return replace(clusters, centroids=clusters.centroids + rows.origin)
+
+
+def inertia(rows: Rows, centroids: torch.Tensor) -> float:
+    """The sum of squared distances of all rows to the closest of some centroids [K, D]."""
+    return float(_assess(rows, (centroids.to(rows.device) - rows.origin)[None])[0])
+
+
+def _lloyd(rows: Rows, centroids: torch.Tensor, max_iterations: int, threshold: float) -> Clusters:
+    """Lloyd's iterations from centroids [R, K, D] of R restarts, and the restart with the least inertia."""
+    restarts, k, _ = centroids.shape
+    labels = torch.full((restarts, len(rows)), -1, dtype=products.index_type(k), device=rows.device)  # -1: none yet
+    sums = torch.zeros_like(centroids, dtype=torch.float64)  # of each cluster's rows
+    sizes = torch.zeros(restarts, k, dtype=torch.float64, device=rows.device)
+    iterations = torch.zeros(restarts, dtype=torch.int64)
+    active = torch.arange(restarts, device=rows.device)
+    for _ in range(max_iterations):
+        moved = centroids[active]
+        # every row goes to its closest centroid
+        changed, gained_sums, gained_rows = _assign(rows, moved, labels, active)
+        sums[active] += gained_sums
+        sizes[active] += gained_rows
+        # every centroid moves to the mean of its rows, an empty one to the row farthest from its centroid
+        filled = sizes[active] > 0
+        if not filled.all():
+            _reseed(rows, moved, filled)
+        moved[filled] = (sums[active][filled] / sizes[active][filled, None]).float()
+        shift = (moved - centroids[active]).double().square().sum((1, 2))
+        centroids[active] = moved
+        iterations[active.cpu()] += 1
+        # a restart ends where no row changed its cluster or the centroids hardly moved
+        active = active[changed & (shift > threshold)]
+        if not len(active):
+            break
+    inertia, counts, nearest = _assess(rows, centroids)
+    best = int(inertia.argmin())
+    return Clusters(centroids[best], counts[best], nearest[best], float(inertia[best]), int(iterations[best]))
+
+
+def _assign(
+    rows: Rows, p: torch.Tensor, labels: torch.Tensor, active: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Give every row to its closest centroid in the active restarts p [R, K, D], all in one product per chunk.
+
+    Closest is where p·q - ||p||²/2 is largest. A row that changes leaves the sum of its old cluster and enters that of
+    its new one. Returns whether any label of a restart changed [R], what this adds to the clusters' sums [R, K, D] and
+    to their sizes [R, K], both float64.
+    """
+    restarts, k, dim = p.shape
+    flat = p.flatten(0, 1)
+    half = flat.square().sum(1, keepdim=True) / 2
+    sums = torch.zeros(restarts * k, dim, dtype=torch.float64, device=p.device)
+    sizes = torch.zeros(restarts * k, dtype=torch.float64, device=p.device)
+    changed = torch.zeros(restarts, dtype=torch.bool, device=p.device)
+    for span, chunk in rows.chunks():
+        closeness = chunk.dots(flat).sub_(half).view(restarts, k, -1)
+        new = products.argmax(closeness)
+        old = labels[active, span].long()
+        labels[active, span] = new.to(labels.dtype)
+        restart, row = (new != old).nonzero(as_tuple=True)
+        left, entered = old[restart, row], new[restart, row]
+        known = left >= 0
+        cluster = torch.cat([restart * k + entered, (restart * k + left)[known]])
+        row = torch.cat([row, row[known]])
+        sign = torch.ones(len(row), device=p.device)
+        sign[len(restart) :] = -1
+        if len(restart) < products.FEW * new.numel():
+            target, order = cluster.sort(stable=True)
+            starts = torch.searchsorted(target, torch.arange(restarts * k, device=p.device))
+            sums += chunk.bags(row[order], sign[order], starts)
+        else:
+            weights = closeness.zero_().flatten(0, 1)
+            weights[cluster, row] = sign
+            sums += chunk.sums(weights)
+        sizes += torch.bincount(cluster, sign, restarts * k)
+        changed[restart] = True
+    return changed, sums.view(restarts, k, dim), sizes.view(restarts, k)
+
+
+def _reseed(rows: Rows, p: torch.Tensor, filled: torch.Tensor) -> None:
+    """Move the empty clusters of p [R, K, D] to the rows farthest from their own centroid.
+
+    ``filled`` [R, K] says which clusters have rows.
+    """
+    restarts, k, _ = p.shape
+    value = torch.full((restarts, k), -torch.inf, device=p.device)
+    index = torch.zeros((restarts, k), dtype=torch.int64, device=p.device)
+    for span, distance in _squared_distances(rows, p.flatten(0, 1)):
+        closest = distance.view(restarts, k, -1).amin(1)
+        farthest, position = closest.topk(min(k, closest.shape[1]), 1)
+        value, order = torch.cat([value, farthest], 1).topk(k, 1)
+        index = torch.cat([index, position + span.start], 1).gather(1, order)
+    for restart, cluster in (~filled).nonzero().tolist():
+        rank = int((~filled[restart, :cluster]).sum())
+        if value[restart, rank] > 0:
+            p[restart, cluster] = rows.rows(index[restart, rank : rank + 1])[0]
+
+
+def _plus_plus(rows: Rows, k: int, restarts: int, generator: torch.Generator) -> torch.Tensor:
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007, with scikit-learn's 2 + log k trials), [restarts, k, D].
+
+    Each next centroid is a row drawn in proportion to its squared distance to the closest centroid so far: of the
+    trials the one that leaves the least sum of them.
+    """
+    trials = 2 + int(math.log(k))
+    first = torch.randint(len(rows), (restarts,), generator=generator).to(rows.device)
+    centroids = torch.empty(restarts, k, rows.dim, device=rows.device)
+    centroids[:, 0] = rows.rows(first)
+    closest = torch.full((restarts, len(rows)), torch.inf, device=rows.device)
+    _shrink(rows, centroids[:, 0], closest)
+    for c in range(1, k):
+        index = _draw(closest, torch.rand(restarts, trials, generator=generator, dtype=torch.float64))
+        candidates = rows.rows(index.flatten())
+        potential = torch.zeros(restarts, trials, dtype=torch.float64, device=rows.device)
+        for span, distance in _squared_distances(rows, candidates):
+            reached = torch.minimum(distance.view(restarts, trials, -1), closest[:, None, span])
+            potential += reached.sum(2, dtype=torch.float64)
+        best = potential.argmin(1)
+        centroids[:, c] = candidates.view(restarts, trials, -1)[torch.arange(restarts, device=rows.device), best]
+        _shrink(rows, centroids[:, c], closest)
+    return centroids
+
+
+def _draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Row indices [restarts, trials] drawn in proportion to weights [restarts, n], by uniform numbers in [0, 1)."""
+    each = ((row.double().cumsum(0), draws) for row, draws in zip(weights, uniform.to(weights.device), strict=True))
+    index = [torch.searchsorted(cumulated, draws * cumulated[-1], right=True) for cumulated, draws in each]
+    return torch.stack(index).clamp_max(weights.shape[1] - 1)
+
+
+def _shrink(rows: Rows, centroids: torch.Tensor, closest: torch.Tensor) -> None:
+    """Lower ``closest`` [R, n] to the squared distance to one more centroid of each restart, [R, D]."""
+    # float32 rounds by 1.2e-7 of a term; within three of these a row is the centroid itself and not drawn again
+    for span, distance in _squared_distances(rows, centroids, rounding=4e-7):
+        closest[:, span] = torch.minimum(closest[:, span], distance)
+
+
+def _squared_distances(rows: Rows, p: torch.Tensor, rounding: float = 0) -> Iterator[tuple[slice, torch.Tensor]]:
+    """||p_k - q_r||² chunk by chunk, [K, chunk]; zero where it is no more than ``rounding`` times its terms."""
+    squared = p.square().sum(1, keepdim=True)
+    for span, chunk in rows.chunks():
+        scale = chunk.squared + squared
+        distance = chunk.dots(p).mul_(-2).add_(scale)
+        yield span, distance.masked_fill_(distance <= rounding * scale, 0)
+
+
+def _assess(rows: Rows, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each restart p [R, K, D]: inertia [R] (float64), cluster sizes [R, K], nearest row to each centroid [R, K]."""
+    restarts, k, _ = p.shape
+    inertia = torch.zeros(restarts, dtype=torch.float64, device=p.device)
+    sizes = torch.zeros(restarts, k, dtype=torch.int64, device=p.device)
+    best = torch.full((restarts * k,), torch.inf, device=p.device)
+    nearest = torch.zeros(restarts * k, dtype=torch.int64, device=p.device)
+    for span, distance in _squared_distances(rows, p.flatten(0, 1)):
+        least, label = distance.view(restarts, k, -1).min(1)
+        inertia += least.sum(1, dtype=torch.float64)
+        sizes.scatter_add_(1, label, torch.ones_like(label))
+        value, index = distance.min(1)
+        nearest = torch.where(value < best, index + span.start, nearest)
+        best = torch.minimum(value, best)
+    return inertia, sizes, nearest.view(restarts, k)
+
+
+def _mean_variance(rows: Rows) -> float:
+    """The variance of a coordinate, averaged over coordinates."""
+    total = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
+    squared = 0.0
+    for _, chunk in rows.chunks():
+        squared += float(chunk.squared.sum(dtype=torch.float64))
+        total += chunk.sums(torch.ones_like(chunk.squared)[None])[0]
+    n = len(rows)
+    return max(0.0, squared / n - float((total / n).square().sum())) / rows.dim

@@ -1,0 +1,476 @@
+"""Any CNN with average pool and linear head, seen as blocks: torchvision, timm, your own module, your weights.
+
+A network is run once on noise and watched. The *head* is the last linear layer, *h* what the last average pool before
+it averages, and the blocks are the last output at each resolution on the way there. Nothing is rebuilt: the network
+stays as it is, trained or explained, and its block outputs are read while it runs.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from difflib import get_close_matches
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import paths
+from ..data import Input
+from ..data.dataset import IMAGENET_MEAN, IMAGENET_STD
+from ..hardware import exact
+from ..method.explainers import CNNAsSEM
+from ..store import load_json, load_tensors, save_json, save_tensors
+from .catalogue import build, is_timm, is_torchvision
+from .checkpoints import fingerprint, fit_head, load_into, read_state, reason
+from .watch import H, Pools, Tap, Watched, noise
+
+IMAGENET = Input(224, IMAGENET_MEAN, IMAGENET_STD, "crop")
+SETTINGS, WEIGHTS = "network.json", "weights.safetensors"
+NO_FILES = ("imagenet", "random", "scratch")  # other weights are files; the last two are the same
+SCORES = 8  # outputs whose scores on noise are saved
+SCORES_DIFFER = 1e-3  # relative to the largest: far above another chip's rounding, far below another forward
+
+
+class Network(nn.Module):
+    """A network with what is needed to explain it, or to train it.
+
+    Parameters
+    ----------
+    module
+        Takes images [N, 3, S, S], with float32 weights. What it returns does not matter: y is read at its head. It is
+        used as it is, not copied: put into eval mode, its parameters frozen, and left on the CPU after computations.
+        Give ``copy.deepcopy(module)`` to go on training it.
+    blocks
+        Names of the modules whose outputs are x(1), x(2) …; empty: the last output at each resolution, of the deepest
+        four. The last block always ends at h, the input of the average pool. Of a module that is called several times
+        ``pool`` is the last output, ``pool#0`` the first.
+    head
+        Name of the linear layer; empty: the last one called.
+    classes
+        Names of the head's outputs; empty: their numbers. A name that several outputs bear gets their number:
+        ``crane (134)``, ``crane (517)``.
+    input
+        How images enter.
+    name
+        For tables and messages.
+    reference
+        How a library makes the module again, see :class:`~kmex_utils.networks.catalogue.Built`; None: it is your own.
+
+    Raises
+    ------
+    ValueError
+        One line: a head that is not linear, no average pool, an unknown block, a wrong number of class names, weights
+        that are not float32.
+
+    Attributes
+    ----------
+    between
+        What keeps y from being a linear function of avg.pool(h), in words; empty: nothing does.
+    named
+        Whether the names of the outputs are known.
+    assumed
+        Which of ``image_size``, ``mean`` and ``std`` nobody said (set by :func:`network`).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        blocks: Sequence[str] = (),
+        head: str = "",
+        classes: Sequence[str] = (),
+        input: Input = IMAGENET,
+        name: str = "",
+        reference: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.input, self.reference = name or type(module).__name__, input, reference
+        kinds = {p.dtype for p in module.parameters()} - {torch.float32}
+        if kinds:
+            kind = str(kinds.pop()).removeprefix("torch.")
+            raise ValueError(f"{self.name} has {kind} weights, explanations are float32: give module.float()")
+        self.module = module
+        self.eval().requires_grad_(False)
+        watched = Watched(self.module, input.image_size, self.name)
+        self.head = watched.head(head)
+        self._pool = watched.pool(self.head)
+        named, last = watched.blocks(blocks, self._pool), watched.returning_h(self._pool)
+        self.blocks = (*named, watched.encoder(self._pool))
+        self._taps: list[Tap | None] = [*(call.tap for call in named.values()), last.tap if last else None]
+        self._changed: set[int] = set()  # blocks whose output a later layer changes in place
+        self.between = watched.between(self._pool, self.head)
+        c = self.classifier.out_features
+        if classes and len(classes) != c:
+            raise ValueError(f"{len(classes)} class names, but the head {self.head!r} of {self.name} has {c} outputs")
+        self.named = bool(classes)
+        self.assumed: tuple[str, ...] = ()
+        self.classes = _told_apart(classes) or tuple(map(str, range(c)))
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The head."""
+        return cast(nn.Linear, self.module.get_submodule(self.head))
+
+    @property
+    def pooled_linear(self) -> bool:
+        """Whether y is a linear function of avg.pool(h), as eq. 2 says."""
+        return not self.between
+
+    @property
+    def c(self) -> Tensor:
+        """The head's columns c_j, [C, D]; a ValueError where they are no prototypes of h."""
+        if self.between:
+            raise ValueError(f"Theorem 1 and eq. 11 do not hold for {self.name}: {self.between}; KMEx and B4 … do")
+        return self.classifier.weight
+
+    @property
+    def b(self) -> Tensor | None:
+        """The head's bias, [C], or None."""
+        return self.classifier.bias
+
+    def outputs(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """x(1) … x(B), each [N, D_b, H_b, W_b], and the prediction y [N, C] of one pass."""
+        return self._pass(x, 0)
+
+    def activations(self, x: Tensor) -> list[Tensor]:
+        """x(1) … x(B), each [N, D_b, H_b, W_b]; the last is h."""
+        return self._pass(x, 0)[0]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """h, [N, D, H, W], in training mode as in evaluation."""
+        return self._pass(x, len(self.blocks) - 1)[0][0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The prediction y, [N, C]."""
+        return self._pass(x, len(self.blocks))[1]
+
+    def _pass(self, x: Tensor, first: int) -> tuple[list[Tensor], Tensor]:
+        """The outputs of the blocks from index ``first`` on, and y, of one pass of the module as it is.
+
+        h is what its tensor holds in the end. The others are wanted as they were returned: where a later layer changed
+        one in place, the pass is made again with a copy of it, and every later pass copies it.
+        """
+        read: dict[int, Tensor] = {}
+        versions: dict[int, int] = {}
+        y: list[Tensor] = []
+        h = len(self._taps) - 1
+
+        def reading(block: int, tap: Tap) -> Callable[[nn.Module, Any, Tensor], None]:
+            calls = count()
+
+            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+                if next(calls) != tap.call:
+                    return
+                copied = block < h and (block in self._changed or output.is_inference())
+                read[block] = output.clone() if copied else output
+                if block < h and not copied:
+                    versions[block] = output._version
+
+            return hook
+
+        def read_y(module: nn.Module, args: Any, output: Tensor) -> None:
+            y.append(output)
+
+        with ExitStack() as stack:
+            for block, tap in enumerate(self._taps[first:], first):
+                if tap is None:  # only h: a function makes it
+                    pools = stack.enter_context(Pools())
+                else:
+                    part = self.module.get_submodule(tap.name)
+                    stack.callback(part.register_forward_hook(reading(block, tap)).remove)
+            stack.callback(self.classifier.register_forward_hook(read_y).remove)
+            self.module(x)
+        if first <= h and self._taps[h] is None:
+            read[h] = pools.inputs[self._pool.call]
+        changed = {block for block, version in versions.items() if read[block]._version != version}
+        if changed:
+            self._changed |= changed
+            return self._pass(x, first)
+        return [read[block] for block in range(first, h + 1)], y[-1]
+
+    def output(self, name: str | int) -> int:
+        """Index of the output with this name or index; a ValueError that lists the nearest names if there is none."""
+        if isinstance(name, int) and 0 <= name < len(self.classes):
+            return name
+        if not isinstance(name, str) or name not in self.classes:
+            close = get_close_matches(str(name), self.classes, n=4) or self.classes[:8]
+            more = " …" if len(close) < len(self.classes) else ""
+            raise ValueError(f"target must be a class of {self.name}, got {name!r}: {', '.join(close)}{more}")
+        return self.classes.index(name)
+
+    def preprocessing(self) -> str:
+        """Input size and normalisation in a few words, with what is assumed."""
+        size = self.input.image_size
+        words = f"{size} x {size} pixels ({self.input.fit}), mean {self.input.mean}, std {self.input.std}"
+        if not self.assumed:
+            return words
+        given = ", ".join(f"{name}=" for name in self.assumed)
+        return f"{words}; {', '.join(self.assumed)} assumed: give {given} if the network was trained with others"
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that stand for the weights."""
+        return fingerprint(self.module.state_dict())
+
+    def settings(self) -> dict[str, Any]:
+        """What fixes the explanation, to be saved with it."""
+        settings = {name: getattr(self, name) for name in ("name", "blocks", "head", "between")}
+        return {"network": {**settings, **asdict(self.input), "weights": self.fingerprint}}
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``network.json``, and ``weights.safetensors`` under the library's own names, for :func:`load`.
+
+        A library's weights that were not changed are not written, nor those of a module of your own.
+        """
+        folder, weights = Path(folder), self.fingerprint
+        if self.reference is None or self.reference["weights"] == weights:
+            (folder / WEIGHTS).unlink(missing_ok=True)
+        else:
+            save_tensors(folder / WEIGHTS, self.module.state_dict(), self.settings())
+        names = ("name", "reference", "blocks", "head", "classes", "named", "assumed")
+        saved = {**{name: getattr(self, name) for name in names}, "input": asdict(self.input)}
+        save_json(folder / SETTINGS, {**saved, "fingerprint": weights, "scores": self._scores()})
+
+    def _scores(self) -> list[list[float]]:
+        """Of the first outputs on two images of noise."""
+        with exact(), torch.no_grad():
+            y = self.eval()(noise(self.input.image_size, self.classifier.weight))
+        return y[:, :SCORES].tolist()
+
+
+def _told_apart(classes: Sequence[str]) -> tuple[str, ...]:
+    counts = Counter(classes)
+    return tuple(f"{name} ({j})" if counts[name] > 1 else name for j, name in enumerate(classes))
+
+
+@torch.no_grad()
+def theorem1_residual(network: Network, x: Tensor) -> float:
+    """The largest difference of both sides of eq. 5, relative to the largest score of clf(avg.pool(enc(x))).
+
+    Raises
+    ------
+    ValueError
+        Something lies between average pool and head.
+    """
+    activations, y = network.outputs(x)
+    sem = CNNAsSEM(network.c, network.b)(activations)
+    return ((y - sem).abs().max() / y.abs().max()).item()
+
+
+# --- by name, to explain or to train ------------------------------------------------------------------------------
+
+
+def network(
+    model: str | Path | nn.Module,
+    weights: str | Path = "",
+    *,
+    arch_args: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | str | Path = (),
+    blocks: Sequence[str] = (),
+    head: str = "",
+    image_size: int = 0,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    fit: str = "",
+    seed: int = 0,
+) -> Network:
+    """A network to explain, from a name and weights; nothing is trained.
+
+    Parameters
+    ----------
+    model
+        A name of torchvision (``resnet50``) or timm (``timm/resnet50.a1_in1k``), your own ``nn.Module`` (used as it is
+        and frozen, see :class:`Network`), or the folder of a run or of a saved explanation.
+    weights
+        ``imagenet`` (the library's, downloaded on first use), ``random``, or a file with a state dict (safetensors, or
+        PyTorch's with tensors only). Empty: ``imagenet`` for a name; your module as it is.
+    arch_args
+        Arguments of the library's constructor, plain data: ``{"layers": [2, 2, 2, 3]}`` of ``timm/resnet18``.
+    classes
+        Names of the head's outputs: a list, or a text file with one a line. Empty: known from the weights, or numbers.
+    blocks, head
+        As in :class:`Network`.
+    image_size, mean, std, fit
+        0 or empty: those of the library's weights for that name, else 224, ImageNet's and ``crop``. What weights from a
+        file or your module were trained with is not known: :func:`kmex_utils.explain` says what it assumes.
+    seed
+        Of random weights.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError, ConnectionError, ImportError
+        One line that says what to change.
+    """
+    given: dict[str, Any] = {"image_size": image_size, "mean": tuple(mean), "std": tuple(std), "fit": fit}
+    names, weights, name, taken = _class_names(classes), str(weights), "", IMAGENET
+    assumed: tuple[str, ...] = ("image_size", "mean", "std")
+    reference: dict[str, Any] | None = None
+    if isinstance(model, nn.Module):
+        module = model
+        if weights in NO_FILES or arch_args:
+            what = "arch_args" if arch_args else f"weights={weights!r}"
+            raise ValueError(f"{what} goes with a model's name; your module comes with its own")
+        if weights:
+            load_into(module, read_state(weights), type(module).__name__, weights)
+    elif folder := _saved_at(model):
+        if weights or arch_args:
+            raise ValueError(f"weights and arch_args go with a model's name; the network in {folder} has its own")
+        saved = load(folder)
+        module, taken, name, reference, assumed = saved.module, saved.input, saved.name, saved.reference, saved.assumed
+        blocks, head = blocks or (*saved.blocks[:-1], H), head or saved.head
+        names = names or (saved.classes if saved.named else ())
+    else:
+        name, weights = str(model), weights or "imagenet"
+        file = weights not in NO_FILES
+        state = read_state(weights) if file else {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module, reference, taken, known = build(name, "random" if weights == "scratch" else weights, arch_args)
+        if file:
+            size = image_size or taken.image_size
+            fit_head(module, state, head or Watched(module.eval(), size, name).head(""), names, weights)
+            load_into(module, state, name, weights)
+        assumed, names = assumed if file else (), names or known
+        if weights == "imagenet":
+            reference["weights"] = fingerprint(module.state_dict())
+        module.to(memory_format=torch.channels_last)
+    taken = Input(**{key: value or getattr(taken, key) for key, value in given.items()})
+    made = Network(module, blocks=blocks, head=head, classes=names, input=taken, name=name, reference=reference)
+    made.assumed = tuple(key for key in assumed if not given[key])
+    return made
+
+
+def _class_names(classes: Sequence[str] | str | Path) -> tuple[str, ...]:
+    if not isinstance(classes, str | Path):
+        return tuple(classes)
+    path = Path(classes).expanduser()
+    if not str(classes):
+        return ()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: `classes` is a list of names or a text file with one a line")
+    return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+
+
+def _saved_at(model: str | Path) -> Path | None:
+    """The folder of a saved network, from where one is or from the repository's root; None for a library's name."""
+    if is_timm(str(model)) or is_torchvision(str(model)):
+        return None
+    places = (Path(model).expanduser(), paths.resolve(model))
+    return next((place for place in places if (place / SETTINGS).is_file()), None)
+
+
+def for_training(
+    arch: str,
+    classes: Sequence[str],
+    weights: str,
+    input: Input,
+    *,
+    arch_args: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    bias: bool = False,
+) -> Network:
+    """A network by name with a fresh head, frozen like any: ``.train().requires_grad_(True)`` makes it trainable.
+
+    Parameters
+    ----------
+    arch, arch_args
+        As in :func:`network`.
+    weights
+        ``imagenet`` (the library's, downloaded on first use), ``scratch``, or a file with a state dict by the library's
+        names, as another training left it: its head is taken too where the shapes agree.
+    seed
+        Of the random initialisation; the caller's random state is left as it was.
+    bias
+        Give the head one; eq. 2 has none.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError, ConnectionError, ImportError
+        One line that says what to change: an unknown name, weights that do not fit or cannot be had, a network whose
+        head is not average pool and one linear layer.
+    """
+    file = weights not in NO_FILES
+    state = read_state(paths.resolve(weights)) if file else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        library = "imagenet" if weights == "imagenet" else "random"
+        module, reference, taken, _ = build(arch, library, arch_args, to_train=True)
+        # blocks as they are at the library's size, where resolutions are far apart
+        made = Network(module, input=taken, name=arch, reference=reference)
+        if made.between:
+            raise ValueError(f"{arch} is not of the paper's form (eq. 1, 2): {made.between}")
+        head = nn.Linear(made.classifier.in_features, len(classes), bias=bias)
+    module.set_submodule(made.head, head)
+    if file:
+        shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] == made.head}
+        if shapes != {f"{made.head}.{key}": value.shape for key, value in head.state_dict().items()}:
+            state = {key: value for key, value in state.items() if key not in shapes}
+        load_into(module, state, arch, weights, without=made.head)
+    made.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    if input.image_size != taken.image_size:
+        Watched(module, input.image_size, arch)  # refuses a size at which it does not run
+    made.classes, made.named, made.input = _told_apart(classes), True, input
+    return made
+
+
+# --- from a folder ------------------------------------------------------------------------------------------------
+
+
+def load(folder: str | Path, module: nn.Module | None = None) -> Network:
+    """The network that :meth:`Network.save` wrote, frozen; checked by the fingerprint of its weights and by its scores.
+
+    Parameters
+    ----------
+    module
+        Your own, where it is not one of torchvision or timm.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, ConnectionError
+        One line: nothing saved there; your module is missing, or its weights or scores are others; a damaged file;
+        weights that are not finite; settings that are not of a saved network.
+    """
+    folder = Path(folder).expanduser()
+    path = folder / SETTINGS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no saved network: give the folder of a run or of a saved explanation")
+    saved, ours = load_json(path), module is None
+    try:
+        if module is None:
+            module = _made_again(folder, saved)
+        how = {name: saved[name] for name in ("head", "classes", "name", "reference")}
+        network = Network(module, blocks=[*saved["blocks"][:-1], H], input=Input(**saved["input"]), **how)
+        network.named, network.assumed = bool(saved["named"]), tuple(saved["assumed"])
+        same_weights = network.fingerprint == saved["fingerprint"]
+        expected = torch.tensor(saved["scores"], dtype=torch.float32)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is not of a saved network ({reason(error)}): save it again") from None
+    if not same_weights:
+        whose = f"of {saved['name']}" if ours else "of your module"
+        raise ValueError(f"the weights {whose} are not those that {path} was saved with")
+    scores = torch.tensor(network._scores())
+    tolerance = SCORES_DIFFER * float(scores.abs().max())
+    if scores.shape != expected.shape or not torch.allclose(scores, expected, 0, tolerance, equal_nan=True):
+        raise ValueError(
+            f"{network.name} has the weights saved in {folder} but gives other scores: its forward differs"
+        )
+    return network
+
+
+def _made_again(folder: Path, saved: dict[str, Any]) -> nn.Module:
+    """A network by its reference, with its library's weights or those beside it."""
+    reference = saved["reference"]
+    if reference is None:
+        raise ValueError(f"{saved['name']} in {folder} is a module of your own: give it, as load(folder, module)")
+    library = "imagenet" if reference["weights"] == saved["fingerprint"] else ""
+    with torch.random.fork_rng(devices=[]):
+        module = build(reference["arch"], library, reference["arch_args"]).module
+        if not library:
+            state, _ = load_tensors(folder / WEIGHTS)
+            fit_head(module, state, saved["head"], (), folder / WEIGHTS)
+            fix = ": train again with a lower learning_rate"
+            load_into(module, state, reference["arch"], folder / WEIGHTS, fix=fix)
+    return module.to(memory_format=torch.channels_last)

@@ -1,0 +1,169 @@
+"""What one training run leaves behind, and the checks that its parts belong together.
+
+``runs/<dataset>/seed-<seed>/`` is a folder of :class:`~kmex_utils.explanation.explained.Explained` (the network, and the
+prototypes as notebooks 3 and 4 add them) with ``training.json`` (everything that made the network, as resolved),
+``embeddings.safetensors``, ``results-*.json`` and the baseline beside it. Every part names the network it was made
+from, so parts of an earlier training are refused instead of silently mixed in.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import data, networks, paths
+from ..data import Dataset
+from ..explanation.explained import Explained
+from ..networks import Network
+from ..store import load_json, load_tensors, save_json, save_tensors
+
+
+@dataclass(frozen=True)
+class Run:
+    """One data set and seed under a folder of runs."""
+
+    runs: Path
+    name: str
+    seed: int
+
+    @classmethod
+    def of(cls, runs: str | Path, dataset: str, seed: int) -> "Run":
+        """A run by names; relative ``runs`` start at the repository's root."""
+        if not dataset or "/" in dataset or dataset.startswith("."):
+            raise ValueError(f"dataset {dataset!r} cannot name a folder: use letters, digits, - and _")
+        return cls(paths.resolve(runs), dataset, seed)
+
+    @classmethod
+    def at(cls, folder: Path) -> "Run":
+        """The run in a folder ``<runs>/<dataset>/seed-<seed>``."""
+        seed = folder.name.removeprefix("seed-")
+        if not (folder / "training.json").is_file() or not seed.isdigit():
+            raise FileNotFoundError(f"{folder} is not the folder of a run: run notebook 01_train")
+        return cls(folder.parents[1], folder.parent.name, int(seed))
+
+    @property
+    def folder(self) -> Path:
+        """Where the parts lie."""
+        return self.runs / self.name / f"seed-{self.seed}"
+
+    @property
+    def training_state(self) -> Path:
+        """The checkpoint an interrupted training continues from."""
+        return self.folder / "training.safetensors"
+
+    # the network and what explains it
+
+    def save_training(self, network: Network, dataset: Dataset, settings: dict[str, Any]) -> None:
+        """The trained network, without prototypes yet, and everything that made it."""
+        what = {"dataset": self.name, "data": dataset.settings, "folder": "", "seed": self.seed}
+        Explained(network, dataset, {**network.settings(), **what}).save(self.folder)
+        save_json(self.folder / "training.json", {**settings, "network": network.fingerprint})
+
+    def settings(self) -> dict[str, Any]:
+        """Settings of the training, with ``classes`` and the ``network``'s fingerprint.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            No training yet; or one of the version before, whose files had another form.
+        """
+        path = self.folder / "training.json"
+        if not path.exists():
+            again = f"run notebook 01_train with dataset={self.name} and seed={self.seed}"
+            if (self.folder / "backbone.safetensors").exists():
+                raise ValueError(f"{self.folder} is a run of version 0.1, which is no longer read: {again} again")
+            raise FileNotFoundError(f"no trained network in {self.folder}: {again}")
+        return load_json(path)
+
+    def network(self) -> Network:
+        """The frozen network."""
+        self.settings()
+        return networks.load(self.folder)
+
+    def dataset(self) -> Dataset:
+        """The data set as it was for training."""
+        return data.reopen(self.settings()["data"])
+
+    def explained(self, dataset: Dataset | None = None, needs: dict[str, str] | None = None) -> Explained:
+        """The network with the prototypes that notebooks 3 and 4 have left so far.
+
+        ``needs`` names explainers that must be there, each with the notebook that makes it.
+        """
+        self.settings()
+        for name, notebook in (needs or {}).items():
+            self._existing(f"{name}.safetensors", notebook)
+        return Explained.load(self.folder, images=dataset)
+
+    # tensors
+
+    def save_embeddings(self, name: str = "embeddings", **splits: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Embeddings [N, D] and labels [N] by split name."""
+        tensors = {}
+        for split, (z, labels) in splits.items():
+            tensors[f"z_{split}"], tensors[f"labels_{split}"] = z, labels
+        self.save_part(name, tensors, {})
+
+    def embeddings(
+        self, split: str, name: str = "embeddings", notebook: str = "01_train"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [N, D] and labels [N] of ``train`` or ``test``: z, or others saved by ``notebook``."""
+        tensors, _ = self.part(name, notebook)
+        return tensors[f"z_{split}"], tensors[f"labels_{split}"]
+
+    def save_part(self, name: str, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
+        """Tensors made from the network, with their settings."""
+        path = self.folder / f"{name}.safetensors"
+        save_tensors(path, tensors, {**settings, "network": self.settings()["network"]})
+
+    def part(self, name: str, notebook: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and settings of :meth:`save_part`, saved by ``notebook``."""
+        tensors, settings = load_tensors(self._existing(f"{name}.safetensors", notebook))
+        self._check_origin(f"{name}.safetensors", settings, notebook)
+        return tensors, settings
+
+    # results
+
+    def save_results(self, stage: str, values: Iterable[tuple[str, str, str, float]], **settings: Any) -> None:
+        """Numbers (model, metric, split, value) of a notebook, with the settings that made them."""
+        of = {"dataset": self.name}
+        records = [
+            {**of, "model": model, "metric": metric, "split": split, "seed": self.seed, "value": value}
+            for model, metric, split, value in values
+        ]
+        content = {"network": self.settings()["network"], "settings": settings, "records": records}
+        save_json(self.folder / f"results-{stage}.json", content)
+
+    def results(self, stage: str, notebook: str) -> list[dict[str, Any]]:
+        """The records of :meth:`save_results`."""
+        content = load_json(self._existing(f"results-{stage}.json", notebook))
+        self._check_origin(f"results-{stage}.json", content, notebook)
+        return content["records"]
+
+    def _existing(self, file: str, notebook: str) -> Path:
+        path = self.folder / file
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist: run notebook {notebook} with dataset={self.name} and seed={self.seed}"
+            )
+        return path
+
+    def _check_origin(self, file: str, settings: dict[str, Any], notebook: str) -> None:
+        if settings.get("network") != self.settings()["network"]:
+            raise ValueError(f"{self.folder / file} was made from another network: run notebook {notebook} again")
+
+
+def trained_seeds(runs: str | Path, dataset: str) -> list[int]:
+    """Seeds with a trained network.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none.
+    """
+    folder = paths.resolve(runs) / dataset
+    seeds = sorted(int(path.parent.name.removeprefix("seed-")) for path in folder.glob("seed-*/training.json"))
+    if not seeds:
+        raise FileNotFoundError(f"no trained network under {folder}: run notebook 01_train with dataset={dataset}")
+    return seeds

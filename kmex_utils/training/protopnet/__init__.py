@@ -1,0 +1,24 @@
+"""ProtoPNet (Chen et al. 2019), the paper's baseline: its network, losses, alternating schedule, push and views.
+
+The equations of h, sim and proj are in :class:`kmex_utils.method.explainers.ProtoPNet`; here is what trains them.
+"""
+
+from .model import TrainableProtoPNet, evaluate, load, save, start
+from .options import OPTIONS, Options
+from .schedule import train
+from .views import BOXES, faded, most_activated, prototype_source
+
+__all__ = [
+    "BOXES",
+    "OPTIONS",
+    "Options",
+    "TrainableProtoPNet",
+    "evaluate",
+    "faded",
+    "load",
+    "most_activated",
+    "prototype_source",
+    "save",
+    "start",
+    "train",
+]

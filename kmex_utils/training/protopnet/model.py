@@ -1,0 +1,139 @@
+"""The trainable ProtoPNet, its passes over a data set, and how a run keeps it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ...data import Dataset
+from ...hardware import exact
+from ...method.explainers import ProtoPNet
+from ...networks import Network, for_training
+from .options import Options
+
+
+class TrainableProtoPNet(nn.Module):
+    """Features (a network's encoder; its head is not used), add-on, prototypes, last layer.
+
+    ``labels`` [K] are the prototypes' classes; after a push, ``image`` (index into the training split) and ``position``
+    (row-major among the patches of its grid) [K] say which patch each prototype is, before it they are -1.
+    """
+
+    labels: Tensor
+    image: Tensor
+    position: Tensor
+
+    def __init__(self, network: Network, prototypes_per_class: int, options: Options, seed: int = 0) -> None:
+        super().__init__()
+        if prototypes_per_class < 1:
+            raise ValueError(f"prototypes per class (K/C) must be at least 1, got {prototypes_per_class}")
+        classes = len(network.classes)
+        count = classes * prototypes_per_class
+        self.network = network
+        self.epsilon = options.epsilon
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            first = nn.Conv2d(network.classifier.in_features, options.depth, 1)
+            second = nn.Conv2d(options.depth, options.depth, 1)
+            for layer in (first, second):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.get_parameter("bias"))
+            self.add_on = nn.Sequential(first, nn.ReLU(), second, nn.Sigmoid())
+            self.prototypes = nn.Parameter(torch.rand(count, options.depth, options.size, options.size))
+            self.last = nn.Linear(count, classes, bias=False)
+        self.register_buffer("labels", torch.arange(classes).repeat_interleave(prototypes_per_class))
+        self.register_buffer("image", torch.full((count,), -1))
+        self.register_buffer("position", torch.full((count,), -1))
+        with torch.no_grad():
+            self.last.weight.copy_(torch.where(self.of_class, 1.0, options.wrong_class))
+
+    @property
+    def of_class(self) -> Tensor:
+        """Whether prototype k is of class j, [C, K]."""
+        return torch.arange(self.last.out_features, device=self.labels.device)[:, None] == self.labels
+
+    @property
+    def explainer(self) -> ProtoPNet:
+        """h, sim and proj with the present weights."""
+        return ProtoPNet(self.add_on, self.prototypes, self.last.weight, self.epsilon)
+
+    def features(self, x: Tensor) -> Tensor:
+        """x(B) of images, [N, D, H, W]."""
+        return self.network.encode(x)
+
+    def smallest(self, latent: Tensor) -> Tensor:
+        """The squared distance from each prototype to its nearest patch, [N, K]; ``latent`` [N, D', H, W]."""
+        explainer = self.explainer
+        return explainer.squared_distances(explainer.patches(latent)).min(1).values
+
+    def scores(self, smallest: Tensor) -> Tensor:
+        """Class scores y [N, C]: the similarity falls with the distance, so its maximum is at the smallest."""
+        return self.last(self.explainer.log_similarity(smallest))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores of images, [N, C]."""
+        return self.scores(self.smallest(self.add_on(self.features(x))))
+
+
+@torch.no_grad()
+def features(network: TrainableProtoPNet, dataset: Dataset, split: str) -> Iterator[Tensor]:
+    """x(B) of a split in order, in batches [n, D, H, W], in evaluation mode and float32."""
+    network.eval()
+    batches, images = dataset.batches(split, 128, network.prototypes.device), len(dataset.split(split))
+    for x, _ in tqdm(batches, f"features of {split}", -(-images // 128), leave=False):
+        yield network.features(x)
+
+
+@torch.no_grad()
+def latents(network: TrainableProtoPNet, dataset: Dataset, split: str) -> Iterator[Tensor]:
+    """The add-on's output for a split in order, in batches [n, D', H, W], in evaluation mode and float32."""
+    for x in features(network, dataset, split):
+        yield network.add_on(x)
+
+
+@exact()
+@torch.no_grad()
+def evaluate(network: TrainableProtoPNet, dataset: Dataset, split: str) -> tuple[Tensor, Tensor]:
+    """Predictions [N], and patches h of every image, [N, R, D' s s], on the CPU; evaluation mode and float32."""
+    predicted, h = [], []
+    for latent in latents(network, dataset, split):
+        predicted.append(network.scores(network.smallest(latent)).argmax(1).cpu())
+        h.append(network.explainer.patches(latent).cpu())
+    return torch.cat(predicted), torch.cat(h)
+
+
+class Run(Protocol):
+    """What is asked of a :class:`kmex_utils.paper.runs.Run`."""
+
+    network: Callable[[], Network]
+    settings: Callable[[], dict[str, Any]]
+    save_part: Callable[[str, dict[str, Tensor], dict[str, Any]], None]
+    part: Callable[[str, str], tuple[dict[str, Tensor], dict[str, Any]]]
+
+
+def start(run: Run, features_from: str, prototypes_per_class: int, options: Options, seed: int) -> TrainableProtoPNet:
+    """A fresh one; its features start from ``imagenet`` weights (the authors) or the run's trained ``network``."""
+    if features_from not in ("imagenet", "network"):
+        raise ValueError(f"features_from must be 'imagenet' or 'network', got {features_from!r}")
+    network, trained = run.network(), run.settings()
+    if features_from == "imagenet":
+        arch, arguments = trained["arch"], trained["arch_args"]
+        network = for_training(arch, network.classes, "imagenet", network.input, arch_args=arguments)
+    return TrainableProtoPNet(network, prototypes_per_class, options, seed)
+
+
+def save(run: Run, network: TrainableProtoPNet, options: Options, settings: dict[str, Any]) -> None:
+    """Weights and everything that made them, as the run's ``ProtoPNet``."""
+    counts = {"prototypes_per_class": len(network.labels) // network.last.out_features}
+    run.save_part("ProtoPNet", network.state_dict(), {**settings, **counts, "options": asdict(options)})
+
+
+def load(run: Run) -> TrainableProtoPNet:
+    """The trained one of notebook 05_protopnet, frozen, on the CPU."""
+    tensors, settings = run.part("ProtoPNet", "05_protopnet")
+    network = TrainableProtoPNet(run.network(), settings["prototypes_per_class"], Options(**settings["options"]))
+    network.load_state_dict(tensors)
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,98 @@
+"""What counts as outside the spread, and what holds."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from kmex_utils.paper import claims, published
+
+
+def rows(values, metric="accuracy", split="test"):
+    """Records of {model: one value per seed}."""
+    return [
+        {"dataset": "stl10", "model": model, "metric": metric, "split": split, "seed": seed, "value": value}
+        for model, of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]
+
+
+@pytest.fixture
+def table2():
+    return published.tidy(
+        rows({"CNN": [86.0, 86.4, 85.9], "B4": [70.0, 70.2, 70.1], "B34": [60.0] * 3}), published.TABLE2
+    )
+
+
+def test_margin_is_a_two_sample_interval(table2):
+    found = claims.compare(table2).set_index("model")
+    assert list(found.index) == ["CNN", "B4", "B34"]
+    assert math.isnan(found.margin["B34"]) and found.outside["B34"] == "", "the paper prints no B34"
+    values = np.array([86.0, 86.4, 85.9])
+    expected = stats.t.ppf(0.975, 2) * values.std(ddof=1) * math.sqrt(1 / 3 + 1 / 5)
+    assert found.margin["CNN"] == pytest.approx(expected + 0.05)
+    assert found.outside.to_dict() == {"CNN": "no", "B4": "yes", "B34": ""}
+    assert found.difference["B4"] == pytest.approx(70.1 - 85.5)
+
+
+def test_margin_covers_as_often_as_it_says(generator):
+    """Draws from one distribution for both sides lie outside in one of twenty cases."""
+    draws = np.random.default_rng(0).normal(50, 3, (2000, 8))
+    outside = 0
+    for draw in draws:
+        ours = pd.DataFrame(
+            [{"metric": "accuracy", "n_seeds": 3, "mean": draw[:3].mean(), "std": draw[:3].std(ddof=1)}]
+        )
+        (answer,) = claims.compare(ours.assign(paper=draw[3:].mean())).outside
+        outside += answer == "yes"
+    assert 0.03 < outside / len(draws) < 0.07
+
+
+def test_one_seed_has_no_spread():
+    found = claims.compare(published.tidy(rows({"CNN": [60.0]}), published.TABLE2))
+    assert found.outside.tolist() == [""] and found.margin.isna().all()
+
+
+def all_records():
+    accuracy = {"CNN": [80.0, 81.0], "KMEx (K/C=5)": [79.5, 79.0], "B4": [78.0, 75.0], "B234": [70.0, 71.0]}
+    records = rows({**accuracy, "ProtoPNet": [81.0, 80.0]})
+    records += rows({"CNN": [0.5, 0.4], "KMEx (K/C=1)": [0.9, 0.3], "ProtoPNet": [0.9, 0.9]}, "cos_class", "train")
+    records += rows({"CNN": [-0.05, -0.2], "ProtoPNet": [0.85, 0.5]}, "cos_out", "train")
+    return records + rows({"CNN": [-0.1, 0.2]}, "cos_columns", "train")
+
+
+def test_relations_by_hand():
+    found = claims.check_relations(pd.DataFrame(all_records()), "stl10", 5).set_index("claim")
+    assert found.holds_in.to_dict() == {
+        "KMEx keeps the CNN's accuracy": 1,
+        "B4 stays close to it": 1,
+        "B234 gives up more": 2,
+        "ProtoPNet is not better than the CNN": 1,
+        "centroids point into their class, columns less": 1,
+        "columns are orthogonal to other classes": 1,
+        "columns are nearly orthogonal to each other": 1,
+        "ProtoPNet's cosines do not tell classes apart": 1,
+    }
+    assert (found.seeds == 2).all()
+    assert found["mean"]["KMEx keeps the CNN's accuracy"] == pytest.approx(-1.25)
+    assert found.paper["KMEx keeps the CNN's accuracy"] == pytest.approx(85.6 - 86.1)
+    assert math.isnan(found.paper["columns are nearly orthogonal to each other"])
+
+
+def test_a_model_that_was_not_run_is_left_out():
+    records = pd.DataFrame([r for r in all_records() if r["model"] != "ProtoPNet"])
+    found = claims.check_relations(records, "stl10", 5)
+    assert len(found) == 6 and not found.claim.str.contains("ProtoPNet").any()
+
+
+@pytest.mark.parametrize(("dataset", "own"), [("mnist", 5), ("stl10", 5), ("cub200", 10)])
+def test_the_paper_meets_its_own_criteria(dataset, own):
+    """Each criterion admits the paper's printed numbers, so that it can tell agreement from disagreement."""
+    tables = {**published.TABLE1, **published.TABLE2}
+    numbers = {key[1:]: value for key, value in tables.items() if key[0] == dataset}
+    printed = [relation for relation in claims.relations(own) if {*relation.terms} <= {*numbers}]
+    assert len(printed) == 7
+    for relation in printed:
+        assert relation.holds(relation.value(numbers)), relation.claim

@@ -1,0 +1,113 @@
+"""One style: the same bytes every time, on the page as in the file, and none of it left in the user's settings."""
+
+import io
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from kmex_utils import drawing
+from kmex_utils.explanation.figure1 import figure1
+from kmex_utils.explanation.interpretation import Interpretation, Patch
+
+
+@pytest.fixture
+def parts():
+    """A digit by two explainers, with more prototypes than colours and with long names."""
+    generator = np.random.default_rng(0)
+
+    def part(name, positions, prototypes, predicted):
+        q_s = generator.integers(0, prototypes, (positions, positions))
+        pixels = generator.integers(0, 256, (prototypes, 20, 20, 3), dtype=np.uint8)
+        used, counts = np.unique(q_s, return_counts=True)
+        patches = [
+            Patch(int(k), predicted, count / q_s.size, pixels[k], 0) for k, count in zip(used, counts, strict=True)
+        ]
+        return Interpretation(name, q_s, generator.normal(size=q_s.shape), tuple(patches[:10]), predicted)
+
+    return [part("B4", 2, 4, "8"), part("B234", 14, 40, "Blue_footed_booby_or_gannet")]
+
+
+@pytest.fixture
+def image():
+    return np.random.default_rng(1).integers(0, 256, (56, 56, 3), dtype=np.uint8)
+
+
+def test_figures_are_drawn_to_files_and_repeatable(image, parts, tmp_path):
+    for name in ("first", "again"):
+        drawing.save(figure1(image, parts, "a digit"), tmp_path / name)
+    for ending in (".png", ".pdf"):
+        first, again = (tmp_path / f"{name}{ending}" for name in ("first", "again"))
+        assert first.stat().st_size > 5000 and first.read_bytes() == again.read_bytes()
+    assert plt.get_fignums() == []
+
+
+def test_the_users_own_settings_stay_and_do_not_enter(image, parts, tmp_path):
+    drawing.save(figure1(image, parts), tmp_path / "first")
+    with plt.rc_context({"font.size": 20, "xtick.labelsize": 25, "ytick.labelsize": 25, "savefig.dpi": 30}):
+        before = dict(plt.rcParams)
+        drawing.save(figure1(image, parts), tmp_path / "again")
+        drawing.image_grid([image] * 3, "abc")
+        drawing.palette(20)
+        assert dict(plt.rcParams) == before
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+
+
+def test_importing_and_drawing_change_no_setting():
+    code = """
+import matplotlib.pyplot as plt
+before = dict(plt.rcParams)
+import numpy as np
+from kmex_utils import drawing
+from kmex_utils.explanation import explorer, report
+from kmex_utils.paper import figures
+figures.training_curve([{"epoch": 1, "loss": 1, "accuracy": 50}])
+drawing.png(drawing.image_grid([np.zeros((4, 4, 3), np.uint8)], ["black"]))
+assert dict(plt.rcParams) == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_figure_looks_the_same_where_the_style_is_not_in_force(image, parts):
+    """As in a notebook, which draws what it shows by itself."""
+
+    def shown(figure):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=80)
+        return np.asarray(Image.open(buffer))
+
+    with plt.style.context(drawing.STYLE):
+        expected = shown(figure1(image, parts))
+    assert np.array_equal(shown(figure1(image, parts)), expected)
+
+
+def test_colours_are_distinct():
+    for count in (2, 10, 20):
+        assert len({tuple(np.round(c, 3)) for c in drawing.palette(count)}) == count
+    assert drawing.palette(1) == [to_rgb("#0173B2")]
+
+
+def test_more_colours_need_seaborn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "seaborn", None)
+    assert len(drawing.palette(10)) == 10
+    with pytest.raises(ImportError, match="more than ten colours need seaborn: pip install"):
+        drawing.palette(11)
+
+
+def test_names_are_cut_to_fit():
+    assert drawing.short("Blue_jay") == "Blue jay"
+    assert drawing.short("Black_footed_Albatross") == "Black footed …"
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0, (40, 30)), (20, (20, 15)), (50, (40, 30))])
+def test_an_image_for_a_page(size, expected):
+    import base64
+
+    head, content = drawing.data_url(np.full((30, 40, 3), 90, np.uint8), size).split(",")
+    assert head == "data:image/webp;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+        assert image.size == expected and abs(np.asarray(image).mean() - 90) < 2

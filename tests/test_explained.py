@@ -1,0 +1,386 @@
+"""From a folder to prototypes, panels and table: against definitions, and back from disk."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import kmex_utils as kmex
+from kmex_utils import data
+from kmex_utils.explanation import fit, passed
+from kmex_utils.explanation.explained import Explained
+from kmex_utils.explanation.interpretation import segment_patch
+from kmex_utils.method.attribution import attribution, segment_mean
+from kmex_utils.method.composite import composite
+from kmex_utils.method.measures import cosine_alignment
+
+pytest_plugins = ("tests.fixtures_explained",)
+SIZE = 64
+OPTIONS = {"prototypes_per_class": 3, "held_out": 0.25, "restarts": 2, "device": "cpu"}
+
+
+def activations_of(explained, pixels):
+    with torch.no_grad():
+        return explained.network.outputs(explained.network.input(pixels))
+
+
+def test_patch_is_the_connected_part_around_the_row():
+    image = np.full((80, 80, 3), 255, np.uint8)
+    segments = np.zeros((8, 8), int)
+    segments[2:4, 5:7] = 1  # the part around the row
+    segments[4, 4] = 1  # touches it at a corner only
+    segments[7, 0] = 1  # the same prototype, elsewhere
+    patch = segment_patch(image, segments, 2 * 8 + 5)
+    assert patch.shape == (40, 40, 3)  # two cells and one of context on each side
+    inside = (patch == 255).all(2)
+    assert inside[10:30, 10:30].all() and inside.sum() == 400
+
+
+def test_patch_at_the_border_stays_inside_the_image():
+    image = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    segments = np.arange(36).reshape(6, 6)
+    assert segment_patch(image, segments, 0).shape == (30, 30, 3)
+    assert np.array_equal(segment_patch(image, segments, 35)[20:, 20:], image[50:, 50:])
+    assert np.array_equal(segment_patch(image, np.zeros((6, 6), int), 7), image)
+
+
+def test_the_folder_is_read_and_split(explained, photos):
+    dataset = explained.dataset
+    assert dataset.classes == ("flower", "temple") and (len(dataset.train), len(dataset.test)) == (18, 6)
+    assert not set(dataset.train.names) & set(dataset.test.names)
+    with Image.open(photos / dataset.test.names[0]) as image:
+        expected = image.crop((10, 0, 150, 140)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    assert np.abs(dataset.test.rgb(0).astype(int) - np.asarray(expected)).mean() < 1
+
+
+def test_what_is_assumed_is_said(explained, said):
+    assert explained.network.assumed == ("mean", "std")
+    assert said[0] == f"images enter ResNet as {explained.network.preprocessing()}" and "assumed" in said[0]
+
+
+@pytest.mark.parametrize("index", [0, 7])
+def test_a_panel_by_definition(explained, index):
+    """What is kept of the folder's images is what network and prototypes say of them, computed from scratch."""
+    picture = explained.picture(index)
+    x, y = activations_of(explained, picture.pixels[None])
+    for part, b in zip(explained.interpretations(index, [4, 3, 2]), (4, 3, 2), strict=True):
+        q = composite(x[b - 1 :])[0]
+        expected = torch.cdist(q, explained.explainers[b].prototypes.vectors).argmin(1)
+        assert (part.map.ravel() == expected.numpy()).mean() > 0.99  # but for near ties
+        shares = [patch.share for patch in part.patches]
+        assert shares == sorted(shares, reverse=True) and sum(shares) <= 1 + 1e-9
+        labels = explained.explainers[b].prototypes.labels
+        for patch in part.patches:
+            assert patch.share == (part.map == patch.prototype).mean()
+            assert patch.class_name == explained.classes[labels[patch.prototype]]
+            source, position = (int(n[patch.prototype, 0]) for n in near(explained, b))
+            segments = explained.maps[b, "train"][source].numpy()
+            assert patch.index == source
+            assert np.array_equal(patch.pixels, segment_patch(explained.dataset.train.rgb(source), segments, position))
+    q_s = torch.from_numpy(explained.interpretations(index, [4])[0].map)[None]
+    direct = segment_mean(attribution(x[-1], explained.network.c[y.argmax(1)]), q_s)
+    np.testing.assert_allclose(explained.interpretations(index, [4])[0].attribution, direct[0], rtol=1e-3, atol=1e-5)
+    raw = explained.interpretations(index, [4], attribution_start="raw")[0].attribution
+    np.testing.assert_allclose(raw, attribution(x[-1], explained.network.c[y.argmax(1)])[0], rtol=1e-3, atol=1e-5)
+    assert len(explained.panel(index).axes) > 10
+
+
+def near(explained, start_block):
+    return explained.nearest[start_block].index, explained.nearest[start_block].position
+
+
+def test_a_target_by_name_or_index(explained):
+    names = [explained.interpretations(0, [4], target=t)[0].attribution for t in ("temple", 1)]
+    with pytest.raises(ValueError, match="target must be a class of ResNet, got 2"):
+        explained.interpretations(0, target=2)
+    assert np.array_equal(*names)
+    assert not np.allclose(names[0], explained.interpretations(0, [4], target="flower")[0].attribution)
+
+
+def test_an_image_from_anywhere_is_the_same(explained, photos):
+    name = explained.names[2]
+    inside = explained.picture(name)
+    with Image.open(photos / name) as image:
+        again = [explained.picture(photos / name), explained.picture(image), explained.picture(np.asarray(image))]
+    assert again[0].split == inside.split == "test"
+    for other in again:
+        assert np.array_equal(other.pixels, inside.pixels)
+    a, b = explained.seen(inside), explained.seen(again[1])
+    assert again[1].split == "" and all(torch.equal(a.maps[s], b.maps[s]) for s in a.maps)
+    torch.testing.assert_close(a.y, b.y, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="neither a file nor an image of"):
+        explained.picture("nowhere.png")
+    with pytest.raises(IndexError, match="index of the 24 images, got 24"):
+        explained.picture(24)
+    with pytest.raises(ValueError, match="target must be a class of ResNet, got 'dog': flower, temple"):
+        explained.panel(0, target="dog")
+    with pytest.raises(ValueError, match="start blocks run from 2 to 4, got 1"):
+        explained.panel(0, [1])
+
+
+def test_an_open_image_is_treated_as_its_file(explained, tmp_path):
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (60, 90, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 100).save(tmp_path / "16.png")
+    for file in sorted(tmp_path.iterdir()):
+        with Image.open(file) as image:
+            assert np.array_equal(explained.picture(image).pixels, explained.picture(file).pixels), file.name
+    for array in (pixels / 255, pixels.astype(np.int64), pixels.transpose(2, 0, 1)):
+        with pytest.raises(ValueError, match=r"an array must be uint8 \[H, W, 3\] with values 0 … 255, got"):
+            explained.picture(array)
+
+
+@pytest.mark.parametrize("free", [10**12, 0])
+def test_what_does_not_fit_in_memory(resnet, photos, explained, tmp_path, monkeypatch, free):
+    """From temporary files, or computed anew, the result is the same; the files are gone afterwards."""
+    monkeypatch.setattr(passed, "IN_MEMORY", 0)
+    monkeypatch.setattr(passed.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+    said = []
+    again = kmex.explain(resnet, photos, start_block=4, scratch=tmp_path, log=said.append, **OPTIONS)
+    assert not list(tmp_path.iterdir())
+    assert any("computed anew whenever they are read" in line for line in said) is (not free)
+    torch.testing.assert_close(again.explainers[4].prototypes.vectors, explained.explainers[4].prototypes.vectors)
+    for split in ("train", "test"):
+        torch.testing.assert_close(again.y[split], explained.y[split])
+    with pytest.raises(FileNotFoundError, match="scratch must be a folder that exists"):
+        kmex.explain(resnet, photos, scratch=tmp_path / "nowhere", **OPTIONS)
+
+
+def test_what_the_network_knows_of_the_folders_classes():
+    def of(named, network, folder):
+        network = type("Network", (), {"named": named, "classes": network})
+        explained = type("Explained", (), {"network": network, "classes": folder, "predictions_as_labels": False})
+        outputs = fit.network_classes(explained)
+        return None if outputs is None else outputs.tolist()
+
+    assert of(True, ("0", "1", "2"), ("2", "0")) == [2, 0]
+    assert of(False, ("0", "1", "2"), ("2", "0")) is None, "numbers made up for unknown names name nothing"
+    assert of(True, ("Maine Coon", "cat"), ("cat", "maine_coon")) == [1, 0]
+    assert of(True, ("crane (0)", "cat", "crane (2)"), ("cat", "crane")) is None
+    assert of(True, ("Crane", "cat", "crane"), ("cat", "crane")) is None
+
+
+def test_an_interrupted_computation_leaves_the_network_on_the_cpu(resnet, photos, monkeypatch):
+    moved = []
+    monkeypatch.setattr(type(resnet), "to", lambda self, device: moved.append(str(device)) or self)
+    monkeypatch.setattr(fit, "_fit", lambda *a: moved.clear() or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        kmex.explain(resnet, photos, device="cpu", start_block=4, prototypes_per_class=2, log=str)
+    assert moved == ["cpu"] and not resnet.classifier._forward_hooks
+
+
+def test_the_table_by_definition(explained):
+    dataset, table = explained.dataset, explained.table
+    outputs = {s: activations_of(explained, dataset.split(s).pixels) for s in ("train", "test")}
+    z = {s: outputs[s][0][-1].mean((2, 3)) for s in outputs}
+    names = ["images of the prototypes", "held out"]
+    for s, name in zip(outputs, names, strict=True):
+        right = outputs[s][1].argmax(1) == dataset.split(s).labels
+        assert table.loc["CNN", f"accuracy, {name} (%)"] == pytest.approx(100 * right.double().mean().item())
+        p = explained.kmex[3].prototypes
+        nearest = p.labels[torch.cdist(z[s], p.vectors).argmin(1)] == dataset.split(s).labels
+        assert table.loc["KMEx (K/C=3)", f"accuracy, {name} (%)"] == pytest.approx(100 * nearest.double().mean().item())
+    cosines = cosine_alignment(z["train"], dataset.train.labels, explained.network.c, torch.arange(2))
+    assert table.loc["CNN", ["cosine, class", "cosine, out"]].tolist() == pytest.approx(cosines, abs=1e-4)
+    assert set(table.index) == {"CNN", "KMEx (K/C=1)", "KMEx (K/C=3)", "B4", "B34", "B234"}
+
+
+def test_nearest_patches_and_sharing_by_definition(explained):
+    train = explained.dataset.train
+    q = composite(activations_of(explained, train.pixels)[0][1:])
+    prototypes = explained.explainers[2].prototypes
+    for k in range(len(prototypes)):
+        members = torch.nonzero(train.labels == prototypes.labels[k]).flatten()
+        distance = (q[members] - prototypes.vectors[k]).norm(dim=2)
+        order = distance.min(1).values.sort()
+        index, position = (of_all[k] for of_all in near(explained, 2))
+        ours = (q[index, position] - prototypes.vectors[k]).norm(dim=1)
+        torch.testing.assert_close(ours, order.values[:5], rtol=1e-3, atol=1e-6)
+        assert len(index.unique()) == 5
+        assert (index[0], position[0]) == (prototypes.image[k], prototypes.position[k])
+        used = (explained.maps[2, "train"][members] == k).flatten(1).any(1).sum()
+        assert explained.sharing(2, k) == (int(used), len(members))
+    assert len(explained.patches(2, 0)) == 5
+
+
+def test_without_labels_predictions_stand_in(resnet, photos, tmp_path):
+    for i, file in enumerate(sorted(photos.rglob("*.png"))):
+        (tmp_path / f"{i}.png").write_bytes(file.read_bytes())
+    said = []
+    resnet = copy.deepcopy(resnet)
+    options = {"strict": False, "needs_labels": False, "data": None, "log": str}
+    images = data.load(tmp_path, resnet.input, **options)
+    with torch.no_grad():  # a head that splits these images about in half
+        z = resnet.activations(images.input(images.train.pixels))[-1].mean((2, 3))
+        resnet.classifier.weight[0], resnet.classifier.bias[:] = 0, 0
+        direction = torch.linalg.svd(z - z.mean(0), full_matrices=False).Vh[0]
+        resnet.classifier.weight[1] = direction
+        resnet.classifier.bias[1] = -(z @ direction).median()
+    options = {"prototypes_per_class": 2, "device": "cpu"}
+    explained = kmex.explain(resnet, tmp_path, restarts=1, log=said.append, start_block=4, **options)
+    assert any("the predictions of ResNet stand in for them" in line for line in said), said
+    for split in ("train", "test"):
+        names = [explained.classes[c] for c in explained.dataset.split(split).labels]
+        assert names == [resnet.classes[j] for j in explained.y[split].argmax(1)]
+    assert "agreement, held out (%)" in explained.table and explained.predictions_as_labels
+    with torch.no_grad():
+        resnet.classifier.bias[1] = 1e6
+    with pytest.raises(ValueError, match="puts 20 of 20 images into one class .temple. and no second class"):
+        kmex.explain(resnet, tmp_path, **options)
+
+
+def test_where_eq_11_does_not_hold(photos):
+    said = []
+    network = kmex.network("mobilenet_v3_small", "random", image_size=SIZE)
+    options = {"prototypes_per_class": 2, "restarts": 1, "device": "cpu", "start_block": 3}
+    explained = kmex.explain(network, photos, log=said.append, **options)
+    assert any("no attributions: Theorem 1 and eq. 11 do not hold for mobilenet_v3_small" in line for line in said)
+    assert "CNN" not in explained.table.index and {"B4", "B34", "KMEx (K/C=2)"} <= set(explained.table.index)
+    assert explained.interpretations(0)[0].attribution is None
+    assert "eq. 11" in str([text.get_text() for axes in explained.panel(0).axes for text in axes.texts])
+    view = explained.explorer().view(0, 3)
+    assert view["attribution"] is None and "Hardswish" in view["why_no_attribution"]
+
+
+def test_a_class_with_fewer_images_than_prototypes(resnet, photos):
+    with pytest.raises(ValueError, match=r"class 'flower' has 10 images .*, fewer than K/C = 11: lower"):
+        kmex.explain(resnet, photos, prototypes_per_class=11, device="cpu")
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist or is not a folder"):
+        kmex.explain(resnet, photos / "nowhere")
+
+
+def test_a_data_set_of_this_project():
+    """Grey digits, whose names are numbers in either split."""
+    digits = data.load("mnist-mini", data.Input(32, *MEAN_AND_STD), images_per_class=3)
+    given = {"image_size": 32, "mean": digits.input.mean, "std": digits.input.std}
+    network = kmex.network("resnet18", "random", **given, classes=[str(c) for c in range(1000)])
+    options = {"prototypes_per_class": 1, "restarts": 1, "device": "cpu", "start_block": 4, "log": str}
+    explained = kmex.explain(network, digits, **options)
+    assert len(set(explained.names)) == 60
+    for i in (0, 29, 30, 59):
+        picture = explained.picture(explained.names[i])
+        assert np.array_equal(picture.pixels, digits.split(picture.split).pixels[picture.index])
+        assert explained.explorer().view(i, 4)["name"] == explained.names[i]
+    assert picture.rgb.shape == (32, 32, 3)
+    with pytest.raises(ValueError, match="give the folder of images to export"):
+        explained.export("nowhere")
+    with pytest.raises(ValueError, match="image size and normalisation are not the network's"):
+        kmex.explain(kmex.network("resnet18", "random", image_size=32), digits)
+
+
+MEAN_AND_STD = (0.13,) * 3, (0.29,) * 3
+
+
+def test_the_same_settings_give_the_same_prototypes(resnet, photos, explained):
+    again = kmex.explain(resnet, photos, log=str, **OPTIONS)
+    assert again.dataset.test.names == explained.dataset.test.names
+    for b in (2, 3, 4):
+        assert torch.equal(again.explainers[b].prototypes.vectors, explained.explainers[b].prototypes.vectors)
+
+
+# --- saved and loaded ---------------------------------------------------------------------------------------------
+
+
+def same(a, b):
+    """Whether two lists of interpretations are equal, patches and all."""
+    for one, other in zip(a, b, strict=True):
+        assert (one.name, one.predicted) == (other.name, other.predicted) and np.array_equal(one.map, other.map)
+        assert np.array_equal(one.attribution, other.attribution)
+        for p, q in zip(one.patches, other.patches, strict=True):
+            assert (p.prototype, p.class_name, p.share, p.index) == (q.prototype, q.class_name, q.share, q.index)
+            assert np.array_equal(p.pixels, q.pixels)
+    return True
+
+
+@pytest.fixture
+def new_image(tmp_path, photos):
+    """A picture that is not of the folder."""
+    path = tmp_path / "new.png"
+    with Image.open(next(iter(sorted(photos.rglob("*.png"))))) as image:
+        image.rotate(90).save(path)
+    return path
+
+
+def test_what_is_saved_explains_as_before(explained, resnet, new_image, tmp_path):
+    """Maps, attributions and patches of a new image are equal to the last bit; the photos are not needed."""
+    explained.save(tmp_path / "kept")
+    again = kmex.load(tmp_path / "kept", module=copy.deepcopy(resnet.module))
+    assert again.dataset is None and again.names == ()
+    assert same(again.interpretations(new_image, [4, 3, 2]), explained.interpretations(new_image, [4, 3, 2]))
+    assert again.start_blocks == explained.start_blocks and set(again.kmex) == {1, 3}
+    assert again.sharing(2, 0) == explained.sharing(2, 0)
+    np.testing.assert_allclose(again.table, explained.table, rtol=1e-5)
+    assert json.loads(json.dumps(again.settings["start_block"])) == explained.settings["start_block"]
+    with pytest.raises(ValueError, match="the images are not here, only the prototypes"):
+        again.picture(0)
+
+
+def test_with_its_images_it_is_as_it_was(explained, resnet, photos, tmp_path):
+    explained.save(tmp_path)
+    again = kmex.load(tmp_path, module=resnet.module, images=photos)
+    assert again.names == explained.names
+    for a, b in zip(again.interpretations(5), explained.interpretations(5), strict=True):
+        assert np.array_equal(a.map, b.map) and [p.index for p in a.patches] == [p.index for p in b.patches]
+        np.testing.assert_allclose(a.attribution, b.attribution, rtol=1e-4, atol=1e-5)  # one image, not in a batch
+
+
+def test_another_process_explains_without_fitting(photos, new_image, tmp_path):
+    """A network by name is built again by its name; only torch and what panels need is imported."""
+    network = kmex.network("resnet18", "random", image_size=SIZE, seed=3)
+    options = {"prototypes_per_class": 2, "restarts": 1, "device": "cpu", "log": str}
+    explained = kmex.explain(network, photos, **options)
+    explained.save(tmp_path / "kept")
+    code = f"""
+import kmex_utils as kmex, numpy as np
+explained = kmex.load({str(tmp_path / "kept")!r})
+np.save({str(tmp_path / "map.npy")!r}, explained.interpretations({str(new_image)!r})[1].map)
+explained.panel({str(new_image)!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert np.array_equal(np.load(tmp_path / "map.npy"), explained.interpretations(new_image)[1].map)
+
+
+def test_what_was_saved_of_another_network_is_refused(explained, resnet, tmp_path):
+    explained.save(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match="module"):
+        Explained.load(tmp_path)
+    other = copy.deepcopy(resnet.module)
+    with torch.no_grad():
+        other.fc.weight.mul_(2)
+    with pytest.raises(ValueError, match="weights"):
+        Explained.load(tmp_path, other)
+    with pytest.raises(FileNotFoundError, match="holds no saved explanation"):
+        Explained.load(tmp_path / "elsewhere")
+
+
+def test_prototypes_of_another_network_are_refused(explained, photos, tmp_path):
+    explained.save(tmp_path / "one")
+    network = kmex.network("resnet18", "random", image_size=SIZE, seed=4)
+    options = {"prototypes_per_class": 3, "restarts": 1, "device": "cpu", "log": str}
+    kmex.explain(network, photos, start_block=4, **options).save(tmp_path / "other")
+    (tmp_path / "other" / "B4.safetensors").write_bytes((tmp_path / "one" / "B4.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"B4.safetensors was made from another network: fit it again"):
+        kmex.load(tmp_path / "other")
+
+
+def test_saving_again_leaves_nothing_stale(explained, tmp_path):
+    explained.save(tmp_path)
+    (tmp_path / "B1234.safetensors").write_text("of a deeper explanation before")
+    (tmp_path / "KMEx-9.safetensors").write_text("of another K/C")
+    explained.save(tmp_path)
+    files = {file.name for file in tmp_path.glob("*.safetensors")}
+    names = ("B4", "B34", "B234", "KMEx-1", "KMEx-3")
+    assert files == {f"{name}.safetensors" for name in names}
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "B1234.safetensors").write_text("of something else")
+    explained.save(tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "B1234.safetensors").exists(), "not what this made"

@@ -1,0 +1,197 @@
+"""Images of every kind and folders of every layout: read one way, or refused in one line."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kmex_utils.data import Input, load, reading
+
+SMALL = Input(8, (0,) * 3, (1,) * 3)
+
+
+def lenient(folder, input=SMALL, held_out=0.2, log=str, **options):
+    """A folder as ``explain`` reads it."""
+    return load(folder, input, held_out=held_out, strict=False, needs_labels=False, data=None, log=log, **options)
+
+
+def test_modes_are_converted_and_said_once(tmp_path):
+    generator = np.random.default_rng(0)
+    grey = generator.integers(0, 256, (40, 40), np.uint8)
+    made = {
+        "L.png": Image.fromarray(grey),
+        "16.png": Image.fromarray(grey.astype(np.uint16) * 257),
+        "RGBA.png": Image.fromarray(np.dstack([grey, grey, grey, np.full_like(grey, 0)])),
+        "CMYK.jpg": Image.new("CMYK", (40, 40), (0, 255, 255, 0)),
+        "P.png": Image.fromarray(grey).convert("P"),
+        "bilevel.png": Image.fromarray(grey > 100),
+        "RGB.png": Image.fromarray(np.dstack([grey] * 3)),
+    }
+    for name, image in made.items():
+        image.save(tmp_path / name)
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "RGB.png").read_bytes()[:300])
+    (tmp_path / "notes.txt").write_text("left alone")
+    (tmp_path / "phone.HEIC").write_bytes(b"left alone")
+    said = []
+    dataset = lenient(tmp_path, Input(40, (0,) * 3, (1,) * 3, "crop"), held_out=0, log=said.append)
+    by_name = {name: dataset.train.rgb(i) for i, name in enumerate(dataset.train.names)}
+    assert set(by_name) == set(made)
+    for name in ("L.png", "16.png", "RGB.png"):
+        assert np.array_equal(by_name[name], np.dstack([grey] * 3)), name
+    assert (by_name["RGBA.png"] == 255).all(), "what is transparent is white"
+    assert by_name["CMYK.jpg"][20, 20, 0] > 200 > by_name["CMYK.jpg"][20, 20, 1]
+    assert sorted(said.pop(0).removeprefix("left out by their ending: ").split(", ")) == ["1 .heic", "1 .txt"]
+    assert said[:3] == ["cannot read cut.png: " + said[0].split(": ")[1], "cannot read empty.jpg: zero bytes", said[2]]
+    assert said[2] == "cannot read text.png: not an image"
+    assert said[3] == "3 of 10 images cannot be read and are left out"
+    assert said[4].startswith("converted to 8-bit RGB: ") and len(said) == 5
+    for kind in ("2 of one channel", "1 of 16 bit", "1 with transparency", "1 of CMYK", "1 with a palette"):
+        assert kind in said[4]
+
+
+def saved_on_its_side(file):
+    """A photo whose left half is white, to be turned a quarter to the right."""
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(file, exif=exif)
+
+
+def test_an_image_on_its_side_is_turned(tmp_path):
+    saved_on_its_side(tmp_path / "a.png")
+    pixels, _ = reading.read(tmp_path / "a.png", 20, "stretch")
+    assert (pixels[:, :8] > 200).all() and (pixels[:, 12:] < 50).all()
+
+
+def test_16_bits_have_one_scale(tmp_path):
+    """A dark 16-bit image stays dark: the scale is the mode's, not the image's own."""
+    for name, value in (("dark", 5140), ("white", 65535)):
+        Image.fromarray(np.full((20, 20), value, np.uint16)).save(tmp_path / f"{name}.png")
+    assert reading.read(tmp_path / "dark.png", 20, "crop")[0].max() == 20
+    assert reading.read(tmp_path / "white.png", 20, "crop")[0].min() == 255
+    Image.fromarray(np.ones((20, 20), np.float32)).save(tmp_path / "f.tiff")
+    with pytest.raises(ValueError, match="no fixed white"):
+        reading.read(tmp_path / "f.tiff", 20, "crop")
+
+
+def test_training_reads_as_explaining_does(tmp_path):
+    """A 16-bit ramp 0 … 65535 and a photo on its side give the same pixels on both ways, and the right ones."""
+    ramp = np.tile(np.linspace(0, 65535, 64).round().astype(np.uint16), (64, 1))
+    for split in ("train", "test"):
+        for name in ("ramp", "phone"):
+            (tmp_path / split / name).mkdir(parents=True)
+        Image.fromarray(ramp).save(tmp_path / split / "ramp" / "16.png")
+        saved_on_its_side(tmp_path / split / "phone" / "turned.jpg")
+    for fit in ("stretch", "crop"):
+        input = Input(64, (0,) * 3, (1,) * 3, fit)
+        trained, explained = load(tmp_path, input, data=tmp_path / "data"), lenient(tmp_path, input)
+        assert trained.train.names == ("train/phone/turned.jpg", "train/ramp/16.png")
+        for i, name in enumerate(trained.train.names):
+            pixels, _ = reading.read(tmp_path / name, 64, fit)
+            assert np.array_equal(trained.train.pixels[i], pixels), name
+            assert np.array_equal(explained.train.pixels[i], pixels), name
+        assert np.abs(trained.train.pixels[1] - ramp / 257).max() <= 0.5
+        assert trained.train.pixels[0, :, :16].min() > 200 > 50 > trained.train.pixels[0, :, 48:].max()
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+@pytest.mark.parametrize("box", [None, (3.2, 4.7, 30.0, 21.5)])
+def test_ordinary_images_are_only_cut_and_resized(ending, box, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    file = tmp_path / f"a.{ending}"
+    Image.fromarray(pixels).save(file)
+    with Image.open(file) as image:
+        cut = image if box is None else image.crop((3, 5, 33, 26))
+        expected = np.asarray(cut.resize((24, 24), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    result, kind = reading.read(file, 24, "stretch", box)
+    assert np.array_equal(result, expected) and kind == ""
+
+
+def made_folder(root, files):
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        if "empty" in file:
+            (root / file).write_bytes(b"")
+        else:
+            Image.new("RGB", (8, 8)).save(root / file)
+    return root
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("names", [("train", "val"), ("Train", "valid"), ("train", "validation"), ("TRAIN", "Test")])
+def test_a_split_goes_by_many_names(names, strict, tmp_path):
+    made_folder(tmp_path, [f"{split}/{c}/{i}.png" for split in names for c in ("cat", "dog") for i in range(2)])
+    dataset = load(tmp_path, SMALL, strict=strict, data=tmp_path / "data")
+    assert dataset.classes == ("cat", "dog") and dataset.test.labels.tolist() == [0, 0, 1, 1]
+    for part, name in zip((dataset.train, dataset.test), names, strict=True):
+        assert {file.split("/")[0] for file in part.names} == {name}
+
+
+def test_images_go_to_scratch(tmp_path, monkeypatch):
+    folder = made_folder(tmp_path / "in", [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(5)])
+    expected = lenient(folder, scratch=tmp_path)
+    monkeypatch.setattr(reading, "IN_MEMORY", 0)
+    dataset = lenient(folder, scratch=tmp_path)
+    for split in ("train", "test"):
+        assert isinstance(dataset.split(split).pixels, np.memmap), "never a copy in memory"
+        assert np.array_equal(dataset.split(split).pixels, expected.split(split).pixels)
+        assert dataset.split(split).names == expected.split(split).names
+    full = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(reading.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(ValueError, match="free: give scratch=, a folder with room"):
+        lenient(folder, scratch=tmp_path)
+    with pytest.raises(FileNotFoundError, match="scratch must be a folder that exists"):
+        lenient(folder, scratch=tmp_path / "nowhere")
+
+
+def test_hidden_files_and_folders_are_left_out_and_links_are_followed(tmp_path):
+    root = tmp_path / "in"
+    made_folder(root, [".git/a/1.png", "cat/1.png", "cat/._1.png", "cat/.thumbnails/1.png", "dog/more/1.png"])
+    made_folder(tmp_path / "elsewhere", ["1.png"])
+    (root / "emu").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    dataset = load(root, SMALL, held_out=0.5, data=None)
+    assert dataset.train.names == ("cat/1.png", "dog/more/1.png", "emu/1.png")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "holds no images"),
+        (["train/1.png", "test/1.png"], "holds train/, test/ but not as a split with class folders: give <class>"),
+        ([f"{s}/{c}/1.png" for s in ("train", "val", "test") for c in "ab"], "of three splits, put train/ and test/"),
+        ([f"{s}/{c}/1.png" for s in ("train", "Test", "test") for c in "ab"], "of three splits, put train/ and test/"),
+        (["train/a/1.png", "train/b/1.png", "other/a/1.png"], "holds train/ but not as a split"),
+        (["Val/a/1.png", "Val/b/1.png"], "holds Val/ but not as a split"),
+        (["train/a/1.png", "train/b/empty.png", "val/b/1.png"], "no image of class 'b' in .* can be read"),
+        (["cat/1.png", "cat/2.png"], "holds one class only .cat.: give at least two, or the folder .*cat itself"),
+        (["cat/1.png", "dog/1.png", "1.png"], "holds 1 images beside the class folders cat, dog"),
+        (["train/cat/1.png", "train/dog/1.png", "test/cow/1.png"], "has classes that train/ lacks: cow"),
+        (["cat/1.png", "dog/empty.png"], "no image of class 'dog' in .* can be read"),
+        (["empty1.png", "empty2.png"], "none of the 2 images of .* that make prototypes can be read"),
+    ],
+)
+def test_folders_that_do_not_do(files, message, tmp_path):
+    made_folder(tmp_path, files)
+    with pytest.raises(ValueError, match=message):
+        lenient(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["1.png", "2.png"], r"holds images without class folders: give <class>/\*, or train/<class>"),
+        (["cat/1.png", "cat/2.png"], "holds one class only .cat.: give at least two$"),
+        (["cat/1.png", "dog/1.png"], "has no test split: give one, or a share as held_out or validation"),
+        (["train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "train/owl/x.txt"], "classes without images: owl"),
+        (["train/cat/1.png", "train/dog/empty.png", "test/cat/1.png"], r"1 of 2 images .* train/dog/empty.png \(zero"),
+    ],
+)
+def test_folders_that_do_not_do_for_training(files, message, tmp_path):
+    made_folder(tmp_path, [file for file in files if file.endswith("png")])
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, SMALL, data=tmp_path / "data")
+    assert not list(tmp_path.glob("data/cache/*train*")), "nothing half-written may stay"
