@@ -8,8 +8,17 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score
 
+import kmex_utils as kmex
 from kmex_utils import paths
+from kmex_utils.explanation.passed import Passed, fit_kmex
+from kmex_utils.method.attribution import attributions
+from kmex_utils.method.composite import Normalisation
+from kmex_utils.method.measures import accuracy
+from kmex_utils.paper import ledger as open_choices
+from kmex_utils.paper.runs import Run
 
 ALL = sorted(path.stem for path in paths.NOTEBOOKS.glob("*.py"))
 TINY = {
@@ -25,26 +34,6 @@ TINY = {
     | dict(batch=1, prototypes=32, explanation_repeats=1, gradient_steps=2, stream_rows=[2000, 4000]),
 }
 ON_THEIR_OWN = ["11_scaling", "12_your_own_model"]
-
-
-def test_the_story_is_complete():
-    assert ALL == [
-        "01_train",
-        "02_cnn_as_sem",
-        "03_kmex",
-        "04_encoder",
-        "05_protopnet",
-        "06_alignment",
-        "07_accuracy",
-        "08_umap",
-        "09_interpretation",
-        "10_subset",
-        "11_scaling",
-        "12_your_own_model",
-        "13_open_choices",
-        "14_depth",
-        "15_report",
-    ]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -155,24 +144,82 @@ def test_figures_of_protopnet(story):
     assert list(numbers.prototypes) == ["ProtoPNet", "KMEx (K/C=2)"]
 
 
+@pytest.fixture(scope="module")
+def passed(story):
+    run = Run.of(story / "runs", "mnist-mini", 3)
+    return Passed.of(run.network(), run.dataset(), 2)
+
+
 @pytest.mark.notebook
-def test_subset_study(story):
+def test_subset_study(story, passed):
+    """Draws are the same share of every class; a row again with the draw and the distances written down."""
     records = pd.read_csv(story / "figures" / "mnist-mini" / "subset.csv")
     assert set(records.model) == {"KMEx", "B4"} and set(records.fraction) == {0.5, 1.0}
     assert (records.inertia[records.fraction == 0.5] > 1).all()
     assert records.accuracy.between(0, 100).all() and records.agreement.between(-1, 1).all()
+    assert (records.images == 200 * records.fraction).all(), "of 20 images a class"
+    labels, z = passed.labels["train"], passed.z("train")
+    generator = torch.Generator().manual_seed(1000 * 3)
+    members = [(labels == c).nonzero().flatten() for c in range(10)]
+    index = torch.cat([of[torch.randperm(20, generator=generator)[:10]] for of in members]).sort().values
+    assert torch.bincount(labels[index]).tolist() == [10] * 10
+    whole = fit_kmex(z, labels, passed.classes, 2, seed=3, restarts=2)
+    part = fit_kmex(z[index], labels[index], passed.classes, 2, seed=3 + 101, restarts=2)
+    own = torch.arange(10).repeat_interleave(2)
+    spread, partition = {}, {}
+    for name, p in (("part", part.prototypes.vectors), ("whole", whole.prototypes.vectors)):
+        distance = torch.cdist(z.double(), p.double())
+        spread[name] = torch.where(own == labels[:, None], distance, torch.inf).amin(1).square().sum()
+        partition[name] = distance.argmin(1)
+    row = records.set_index(["model", "fraction"]).loc["KMEx", 0.5]
+    assert row.inertia == pytest.approx(float(spread["part"] / spread["whole"]), rel=1e-3)
+    assert row.agreement == pytest.approx(adjusted_rand_score(partition["whole"], partition["part"]), abs=1e-5)
+    nearest = torch.cdist(passed.z("test").double(), part.prototypes.vectors.double()).argmin(1)
+    assert row.accuracy == pytest.approx(accuracy(own[nearest], passed.labels["test"]), abs=1e-4)
 
 
 @pytest.mark.notebook
-def test_open_choices_and_depth(story):
-    folder = story / "figures" / "mnist-mini"
-    ledger = pd.read_csv(folder / "ledger.csv", keep_default_na=False)
+def test_open_choices(story, passed):
+    """Every reading for every start block, and the starts of the attribution compared."""
+    ledger = pd.read_csv(story / "figures" / "mnist-mini" / "ledger.csv", keep_default_na=False)
     questions = {"default", "norm", "scale", "align_corners", "grid", "attribution start", "pairs"}
     assert set(ledger.question) == questions
-    depth = pd.read_csv(folder / "depth.csv")
-    assert set(depth.model) == {"KMEx", "B4", "B234", "CNN"} and set(depth.per_class) == {0, 1, 3}
-    for name in ("ledger.png", "depth.png"):
-        assert (folder / name).stat().st_size > 5000
+    numbers = ledger.set_index(["question", "option", "model", "metric", "split"])["value"]
+    assert not numbers.index.duplicated().any()
+    index, explainers = passed.first_of_each_class(8), {}
+    for question, option, normalisation in open_choices.READINGS:
+        for b, model in ((4, "B4"), (3, "B34"), (2, "B234")):
+            explainer = passed.fit_encoder(b, normalisation, 2, seed=3, restarts=2, index=index)
+            explainers |= {b: explainer} if question == "default" else {}
+            for metric, split, value in passed.accuracies(explainer):
+                assert numbers[question, option, model, metric, split] == pytest.approx(value, abs=1e-3)
+    network = Run.of(story / "runs", "mnist-mini", 3).network()
+    x = passed.x["test"].read(torch.arange(5), 2)
+    target = network.classifier(x[-1].mean((2, 3))).argmax(1)
+    ways = [attributions([x[0], *x], network.c, target, explainers, start=start)[2] for start in ("segments", "raw")]
+    pairs = [torch.stack([a.flatten(), b.flatten()]) for a, b in zip(*ways, strict=True)]
+    expected = torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs]).nan_to_num(1.0).mean()
+    assert numbers["attribution start", "raw", "B234", "map_correlation", "test"] == pytest.approx(
+        float(expected), abs=1e-4
+    )
+    assert numbers["attribution start", "raw", "B4", "map_correlation", "test"] == 1, "one position at 32 pixels"
+    assert (story / "figures" / "mnist-mini" / "ledger.png").stat().st_size > 5000
+
+
+@pytest.mark.notebook
+def test_depth(story, passed):
+    """KMEx, each start block and scale with each K/C; one of them again."""
+    depth = pd.read_csv(story / "figures" / "mnist-mini" / "depth.csv", keep_default_na=False)
+    assert set(depth.prototypes_per_class) == {0, 1, 3} and depth.value.between(0, 100).all()
+    numbers = depth.set_index(["model", "scale", "prototypes_per_class", "metric", "split"])["value"]
+    assert not numbers.index.duplicated().any()
+    models = {("KMEx", ""), ("CNN", ""), ("B4", "1/D"), ("B234", "1/D"), ("B234", "1")}
+    assert {(model, scale) for model, scale, *_ in numbers.index} == models
+    index = passed.first_of_each_class(8)
+    alone = passed.fit_encoder(2, Normalisation(scale="1"), 3, seed=3, restarts=2, index=index)
+    for metric, split, value in passed.accuracies(alone, ["test"]):
+        assert numbers["B234", "1", 3, metric, split] == pytest.approx(value, abs=1e-3)
+    assert (story / "figures" / "mnist-mini" / "depth.png").stat().st_size > 5000
 
 
 @pytest.mark.notebook
@@ -228,6 +275,19 @@ def test_your_own_model_on_notebook_1s_data(story):
 
 
 @pytest.mark.notebook
+def test_a_run_is_a_saved_explanation(story, tmp_path):
+    """What notebooks 1, 3 and 4 left explains an image in a process that knows nothing of them."""
+    folder = story / "runs" / "mnist-mini" / "seed-3"
+    images = Run.at(folder).dataset()
+    explained = kmex.load(folder)
+    assert set(explained.kmex) == {1, 5} and explained.start_blocks == [4, 3, 2]
+    explainer = explained.explainers[2]
+    y = explainer.proj(Passed.of(explained.network, images, 2).map(explainer, "test")[:10])
+    predicted = [explained.interpretations(images.test.rgb(i), [2])[0].predicted for i in range(10)]
+    assert predicted == [images.classes[c] for c in y.argmax(1)]
+
+
+@pytest.mark.notebook
 def test_your_own_model_by_name_on_a_folder(folder, tmp_path):
     given = {"model": "resnet18", "weights": "random", "image_size": 32, "prototypes_per_class": 2, "restarts": 1}
     given |= {"mean": [0.5, 0.5, 0.5], "std": [1, 1, 1]}
@@ -255,6 +315,12 @@ def test_your_own_model_by_name_on_a_folder(folder, tmp_path):
         ("05_protopnet", {"seed": 3, "box": "cell"}, "box must be one of patch, activation"),
         ("05_protopnet", {"seed": 78}, "run notebook 01_train with dataset=mnist-mini and seed=78"),
         ("09_interpretation", {"seed": 3, "image": 10**6}, "image must be an index of the"),
+        ("09_interpretation", {"seed": 3, "target": "ten"}, "target must be a class of resnet18, got 'ten'"),
+        ("10_subset", {"seeds": [3], "fractions": [0.0, 1.0]}, "fractions must lie in"),
+        ("10_subset", {"seeds": [3], "fractions": []}, "fractions must lie in"),
+        ("10_subset", {"seeds": [3], "draws": 0}, "draws must be at least 1"),
+        ("10_subset", {"seeds": [3], "start_blocks": [5]}, "there is no block 5"),
+        ("14_depth", {"seeds": [3], "fit_on": 8, "prototypes_per_class": [9]}, "8 images), fewer than K/C = 9"),
     ],
 )
 def test_bad_input_is_one_clear_line(name, parameters, message, story, tmp_path):
