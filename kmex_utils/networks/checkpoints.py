@@ -25,13 +25,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def read_state(path: str | Path) -> State:
-    """A state dict from a file, without its wrappings; never unpickles objects.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        One line: the file is absent, damaged, or holds something else.
-    """
+    """A state dict from a file, without its wrappings; never unpickles objects. One line says what is wrong with it."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: weights is 'imagenet', 'random' or a file with a state dict")

@@ -52,27 +52,23 @@ class Network(nn.Module):
     classes
         Names of the head's outputs; empty: their numbers. A name that several outputs bear gets their number:
         ``crane (134)``, ``crane (517)``.
-    input
-        How images enter.
-    name
-        For tables and messages.
+    input, name
+        How images enter; a name for tables and messages.
     reference
         How a library makes the module again, see :class:`~kmex_utils.networks.catalogue.Built`; None: it is your own.
+
+    Attributes
+    ----------
+    between
+        What keeps y from being a linear function of avg.pool(h), in words; empty: nothing does.
+    named, assumed
+        Whether the names of the outputs are known; which of ``image_size``, ``mean`` and ``std`` nobody said.
 
     Raises
     ------
     ValueError
         One line: a head that is not linear, no average pool, an unknown block, a wrong number of class names, weights
         that are not float32.
-
-    Attributes
-    ----------
-    between
-        What keeps y from being a linear function of avg.pool(h), in words; empty: nothing does.
-    named
-        Whether the names of the outputs are known.
-    assumed
-        Which of ``image_size``, ``mean`` and ``std`` nobody said (set by :func:`network`).
     """
 
     def __init__(
@@ -250,10 +246,7 @@ def _told_apart(classes: Sequence[str]) -> tuple[str, ...]:
 def theorem1_residual(network: Network, x: Tensor) -> float:
     """The largest difference of both sides of eq. 5, relative to the largest score of clf(avg.pool(enc(x))).
 
-    Raises
-    ------
-    ValueError
-        Something lies between average pool and head.
+    A ValueError where something lies between average pool and head.
     """
     activations, y = network.outputs(x)
     sem = CNNAsSEM(network.c, network.b)(activations)
@@ -288,11 +281,9 @@ def network(
         ``imagenet`` (the library's, downloaded on first use), ``random``, or a file with a state dict (safetensors, or
         PyTorch's with tensors only). Empty: ``imagenet`` for a name; your module as it is.
     arch_args
-        Arguments of the library's constructor, plain data: ``{"layers": [2, 2, 2, 3]}`` of ``timm/resnet18``.
-    classes
-        Names of the head's outputs: a list, or a text file with one a line. Empty: known from the weights, or numbers.
-    blocks, head
-        As in :class:`Network`.
+        Arguments of the library's class, plain data: ``{"layers": [2, 2, 2, 3]}`` of ``timm/resnet18``.
+    classes, blocks, head
+        As in :class:`Network`; ``classes`` also a text file with one a line, or empty: known from the weights.
     image_size, mean, std, fit
         0 or empty: those of the library's weights for that name, else 224, ImageNet's and ``crop``. What weights from a
         file or your module were trained with is not known: :func:`kmex_utils.explain` says what it assumes.
@@ -376,21 +367,17 @@ def for_training(
 
     Parameters
     ----------
-    arch, arch_args
-        As in :func:`network`.
     weights
         ``imagenet`` (the library's, downloaded on first use), ``scratch``, or a file with a state dict by the library's
         names, as another training left it: its head is taken too where the shapes agree.
-    seed
-        Of the random initialisation; the caller's random state is left as it was.
-    bias
-        Give the head one; eq. 2 has none.
+    seed, bias
+        Of the random initialisation, which leaves the caller's random state; whether the head has one (eq. 2 has none).
 
     Raises
     ------
     ValueError, FileNotFoundError, ConnectionError, ImportError
-        One line that says what to change: an unknown name, weights that do not fit or cannot be had, a network whose
-        head is not average pool and one linear layer.
+        One line: an unknown name or argument, weights that do not fit or cannot be had, a network whose head is not
+        average pool and one linear layer.
     """
     file = weights not in NO_FILES
     state = read_state(paths.resolve(weights)) if file else {}
@@ -422,16 +409,12 @@ def for_training(
 def load(folder: str | Path, module: nn.Module | None = None) -> Network:
     """The network that :meth:`Network.save` wrote, frozen; checked by the fingerprint of its weights and by its scores.
 
-    Parameters
-    ----------
-    module
-        Your own, where it is not one of torchvision or timm.
+    ``module`` is your own, where it is not one of torchvision or timm.
 
     Raises
     ------
     FileNotFoundError, ValueError, ConnectionError
-        One line: nothing saved there; your module is missing, or its weights or scores are others; a damaged file;
-        weights that are not finite; settings that are not of a saved network.
+        One line: nothing saved there, a damaged file, weights that are not finite, a module with other ones or scores.
     """
     folder = Path(folder).expanduser()
     path = folder / SETTINGS
