@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from kmex_utils import hardware, paths
 from kmex_utils.data import load, own_input
-from kmex_utils.method.attribution import attributions
+from kmex_utils.method.attribution import attribution, carried
 from kmex_utils.method.composite import Normalisation, composite
 from kmex_utils.method.explainers import EncoderKMeans
 from kmex_utils.method.kmeans import Clusters, kmeans
@@ -241,6 +241,14 @@ def explainers(x: Sequence[torch.Tensor], prototypes: int, classes: int) -> dict
     return by_block
 
 
+def attributions(
+    x: Sequence[torch.Tensor], c_j: torch.Tensor, by_block: dict[int, EncoderKMeans]
+) -> dict[int, torch.Tensor]:
+    """The attributions of a batch by start block, for the columns c_j [N, D]."""
+    maps = {b: explainer.sim(explainer.h(x)) for b, explainer in by_block.items()}
+    return carried(attribution(x[-1], c_j), maps)
+
+
 def naive_map(x: Sequence[torch.Tensor], explainer: EncoderKMeans) -> torch.Tensor:
     """The explanation map by the materialised composite, image by image."""
     p = explainer.prototypes.vectors
@@ -267,7 +275,7 @@ def compare_explanations(images: int, prototypes: int, repeats: int, threads: in
     inputs = batch.clone().requires_grad_()
     methods: dict[str, Callable[[], Any]] = {
         "forward": lambda: cnn(batch),
-        "ours": lambda: attributions(x, cnn.c, target, by_block),
+        "ours": lambda: attributions(x, cnn.c[target], by_block),
         "naive": lambda: [naive_map(x, by_block[b]) for b in (4, 3, 2)],
         "grad-cam": lambda: grad_cam.attribute(inputs, target=target),
         "integrated-gradients": lambda: integrated.attribute(

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ def explain(options: argparse.Namespace) -> int:
     explained = fit.explain(model, options.folder, **{name: getattr(options, name) for name in EXPLAIN})
     explained.save(options.out)
     assert explained.table is not None
-    print(explained.table.to_string(float_format="{:.2f}".format, na_rep="–"))
+    print(explained.table.to_string(float_format="{:.2f}".format, na_rep="–", index_names=False))
     pictures = _panels(explained, options.panel, options.out, options.target)
     if options.report:
         print(explained.report(options.out / "report.html", pictures, overwrite=True))
@@ -179,6 +180,10 @@ def _configuration(options: argparse.Namespace) -> Path:
         raise FileNotFoundError(
             "the notebooks, their workflow and the digits belong to the repository of kmex-utils, not to the installed "
             "package: clone the repository (companion to arXiv:2603.28466) and run `make reproduce` there"
+        )
+    if find_spec("snakemake") is None:
+        raise ImportError(
+            "the notebooks and their workflow need more than the package: pip install 'kmex-utils[batch]'"
         )
     if not options.config.is_file():
         raise FileNotFoundError(f"{options.config} does not exist")

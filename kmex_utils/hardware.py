@@ -9,13 +9,7 @@ import torch
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` takes CUDA, then Apple's MPS, then the CPU; any other name is PyTorch's own.
-
-    Raises
-    ------
-    ValueError
-        The named device is unknown or not on this machine.
-    """
+    """``auto`` takes CUDA, then Apple's MPS, then the CPU; any other name is PyTorch's own."""
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"
@@ -48,20 +42,21 @@ def training_dtype(precision: str, device: torch.device) -> torch.dtype:
 
     Only training uses it; embeddings, prototypes and explanations are always float32.
     """
-    match precision:
-        case "float32":
-            return torch.float32
-        case "bfloat16":
-            return torch.bfloat16
-        case "auto" if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-        case "auto" if device.type == "cpu":
+    match precision, device.type:
+        case "float32", _:
+            native = False
+        case "bfloat16", _:
+            native = True
+        case "auto", "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        case "auto", "cpu":
             capabilities = torch.cpu.get_capabilities()
-            native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-            return torch.bfloat16 if native else torch.float32
-        case "auto":
-            return torch.float32
-    raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
+            native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+        case "auto", _:
+            native = False
+        case _:
+            raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
+    return torch.bfloat16 if native else torch.float32
 
 
 def set_threads(count: int) -> int:

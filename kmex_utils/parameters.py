@@ -17,17 +17,9 @@ _INJECTED = "# Parameters"  # the first line of the cell papermill adds
 
 
 def check(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the running notebook, each of its declared type.
+    """The parameters of the running notebook, whose ``globals()`` are given, each of its declared type.
 
-    Parameters
-    ----------
-    namespace
-        The notebook's ``globals()``.
-
-    Raises
-    ------
-    ValueError
-        A parameter that the notebook does not declare (a typo), or a value of another type.
+    A parameter that the notebook does not declare (a typo), or a value of another type, is a ValueError.
     """
     if "In" in namespace:
         sources = [source for source in namespace["In"] if source.strip()]
@@ -38,40 +30,28 @@ def check(namespace: Mapping[str, Any]) -> dict[str, Any]:
 
 def checked(sources: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
     """As :func:`check`, of the cells run so far and the values they left."""
-    types = {name: kind for source in sources for name, kind in _declared(source).items()}
-    unknown = [
-        name for source in sources if source.startswith(_INJECTED) for name in _assigned(source) if name not in types
-    ]
-    for name in unknown:
-        close = get_close_matches(name, types, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown parameter {name!r}: {hint}This notebook takes {', '.join(types)}")
+    types: dict[str, str] = {}
+    injected = []
+    for source in sources:
+        for statement in _statements(source):
+            match statement:
+                case ast.AnnAssign(target=ast.Name(id=name), annotation=kind):
+                    types[name] = ast.unparse(kind)
+                case ast.Assign(targets=[ast.Name(id=name)]) if source.startswith(_INJECTED):
+                    injected.append(name)
+    for name in injected:
+        if name not in types:
+            close = get_close_matches(name, types, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"unknown parameter {name!r}: {hint}This notebook takes {', '.join(types)}")
     return {name: _typed(name, kind, values[name]) for name, kind in types.items()}
 
 
-def _tree(source: str) -> list[ast.stmt]:
+def _statements(source: str) -> list[ast.stmt]:
     try:
         return ast.parse(source).body
     except SyntaxError:  # a cell with magics declares no parameters
         return []
-
-
-def _declared(source: str) -> dict[str, str]:
-    return {
-        node.target.id: ast.unparse(node.annotation)
-        for node in _tree(source)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
-
-
-def _assigned(source: str) -> list[str]:
-    return [
-        target.id
-        for node in _tree(source)
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    ]
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:

@@ -27,24 +27,15 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapp
     """Write tensors and the settings that made them into one safetensors file."""
     from safetensors.torch import save_file
 
+    copies = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
     with replacing(path) as temporary:
-        save_file(
-            {
-                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for name, tensor in tensors.items()
-            },
-            temporary,
-            {"settings": json.dumps(settings)},
-        )
+        save_file(copies, temporary, {"settings": json.dumps(settings)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and settings of a file written by :func:`save_tensors`.
 
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        The file is absent, is not safetensors, or was not written by this package.
+    FileNotFoundError where it is absent, ValueError where it is no safetensors or not written by this package.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -59,17 +50,6 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if settings is None:
         raise ValueError(f"{path} carries no settings: it was not written by this project")
     return tensors, json.loads(settings)
-
-
-def load_settings(path: Path) -> dict[str, Any]:
-    """Only the settings of a file written by :func:`save_tensors`."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["settings"])
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); delete it and make it again") from None
 
 
 def save_text(path: Path, text: str) -> None:

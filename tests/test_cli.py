@@ -118,12 +118,14 @@ def test_what_is_wrong_is_one_line_before_the_computation(photos, saved, tmp_pat
         assert end.value.code == 2
 
 
-def test_without_the_repository_a_batch_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    for command in ("batch", "estimate"):
-        assert cli.main([command, "config/quick.yaml"]) == 2
-        error = capsys.readouterr().err
-        assert "belong to the repository" in error and error.count("\n") == 1
+def test_what_a_batch_needs_beside_the_package_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "snakemake", None)
+    for said in ("pip install 'kmex-utils[batch]'", "belong to the repository"):
+        for command in ("batch", "estimate"):
+            assert cli.main([command, str(paths.ROOT / "config" / "quick.yaml")]) == 2
+            error = capsys.readouterr().err
+            assert said in error and error.count("\n") == 1
+        monkeypatch.setattr(paths, "ROOT", tmp_path)
 
 
 def test_the_installed_command_answers_at_once():

@@ -44,14 +44,14 @@ def test_images_are_counted_as_they_are_loaded(choice, folder, tmp_path):
     for name, more in (("birds", {"folder": str(folder)}), ("mnist-mini", {}), ("mnist-mini", {"classes": "3,7"})):
         chosen = {**choice, **more}
         loaded = data.load(more.get("folder", name), small(), **choice, classes=more.get("classes", ""), data=tmp_path)
-        assert estimate.images(name, chosen) == (len(loaded.train), len(loaded.test), len(loaded.classes))
+        assert estimate.images(name, chosen)[:3] == (len(loaded.train), len(loaded.test), len(loaded.classes))
 
 
 def test_held_out_images_are_counted_as_they_are_loaded(folder, tmp_path):
     shutil.rmtree(folder / "test")
     chosen = {"folder": str(folder / "train"), "held_out": 0.5}
     loaded = data.load(folder / "train", small(), held_out=0.5, data=tmp_path)
-    assert estimate.images("birds", chosen) == (len(loaded.train), len(loaded.test), 2) == (6, 6, 2)
+    assert estimate.images("birds", chosen) == (len(loaded.train), len(loaded.test), 2, 224) == (6, 6, 2, 224)
 
 
 @pytest.mark.parametrize("frozen", ["anew", "once"])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 import subprocess
 import sys
 
@@ -384,3 +385,29 @@ def test_saving_again_leaves_nothing_stale(explained, tmp_path):
     (tmp_path / "elsewhere" / "B1234.safetensors").write_text("of something else")
     explained.save(tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere" / "B1234.safetensors").exists(), "not what this made"
+
+
+@pytest.mark.parametrize("before", ["nothing", "another"])
+def test_a_killed_save_is_refused_and_saved_again(explained, photos, tmp_path, monkeypatch, before):
+    """After every file but the last: no mix of two explanations is loaded."""
+    from kmex_utils.explanation import explained as module
+
+    if before == "another":
+        network = kmex.network("resnet18", "random", image_size=SIZE, seed=4)
+        options = {"prototypes_per_class": 3, "restarts": 1, "device": "cpu", "log": str}
+        kmex.explain(network, photos, start_block=1, **options).save(tmp_path)
+    save_tensors, left = module.save_tensors, []
+
+    def killed(*content):
+        left.pop() if left else signal.raise_signal(signal.SIGINT)
+        save_tensors(*content)
+
+    for files in range(5):
+        left[:] = range(files)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(module, "save_tensors", killed)
+            explained.save(tmp_path)
+        with pytest.raises(ValueError, match=r"explained.json is not of a whole saved explanation: save it again"):
+            kmex.load(tmp_path, copy.deepcopy(explained.network.module))
+    again = kmex.load(explained.save(tmp_path), copy.deepcopy(explained.network.module))
+    assert set(again.explainers) == {2, 3, 4} and set(again.kmex) == {1, 3}

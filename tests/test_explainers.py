@@ -6,7 +6,7 @@ from conftest import blocks_of
 
 from kmex_utils import networks
 from kmex_utils.data import own_input
-from kmex_utils.method.attribution import attribution, attributions, segment_mean, upsample
+from kmex_utils.method.attribution import attribution, carried, segment_mean, upsample
 from kmex_utils.method.composite import GRIDS, PRINTED, Normalisation, composite
 from kmex_utils.method.explainers import CNNAsSEM, EncoderKMeans, KMEx, avg_pool, block_name
 from kmex_utils.method.prototypes import Prototypes
@@ -138,15 +138,19 @@ def explainers_for(blocks, normalisation=PRINTED):
     return explainers
 
 
+def maps_of(blocks, explainers):
+    return {b: explainer.sim(explainer.h(blocks)) for b, explainer in explainers.items()}
+
+
 @pytest.mark.parametrize("start", ["segments", "raw"])
 def test_attribution_recursion(start):
     blocks = blocks_of(n=2, sizes=((8, 8), (4, 4), (2, 2)))
     explainers = explainers_for(blocks)
     c = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
     target = torch.tensor([2, 0])
-    maps = attributions(blocks, c, target, explainers, start=start)
-    segments = {b: e.sim(e.h(blocks)) for b, e in explainers.items()}
+    segments = maps_of(blocks, explainers)
     att = attribution(blocks[-1], c[target])
+    maps = carried(att, segments, start=start)
     expected = {3: att if start == "raw" else segment_mean(att, segments[3])}
     for b in (2, 1):
         size = blocks[b - 1].shape[2:]
@@ -162,8 +166,9 @@ def test_attribution_recursion(start):
 def test_attribution_has_the_grid_of_the_map(grid):
     blocks = blocks_of(n=2, sizes=((8, 8), (4, 4), (2, 2)))
     explainers = explainers_for(blocks, Normalisation(grid=grid))
-    maps = attributions(blocks, torch.randn(3, 8), torch.tensor([2, 0]), explainers)
-    assert {b: att.shape for b, att in maps.items()} == {b: e.sim(e.h(blocks)).shape for b, e in explainers.items()}
+    maps = maps_of(blocks, explainers)
+    by_block = carried(attribution(blocks[-1], torch.randn(2, 8)), maps)
+    assert {b: att.shape for b, att in by_block.items()} == {b: q_s.shape for b, q_s in maps.items()}
 
 
 def test_segment_means_keep_the_image_mean():
@@ -174,11 +179,11 @@ def test_segment_means_keep_the_image_mean():
 
 def test_attribution_without_the_deeper_prototypes_is_refused():
     blocks = blocks_of()
-    explainers = explainers_for(blocks)
+    maps, att = maps_of(blocks, explainers_for(blocks)), attribution(blocks[-1], torch.randn(3, 8))
     with pytest.raises(ValueError, match=r"also needs the prototypes from block\(s\) \[2\]"):
-        attributions(blocks, torch.randn(3, 8), torch.zeros(3, dtype=int), {1: explainers[1], 3: explainers[3]})
+        carried(att, {1: maps[1], 3: maps[3]})
     with pytest.raises(ValueError, match="segments"):
-        attributions(blocks, torch.randn(3, 8), torch.zeros(3, dtype=int), explainers, start="cam")
+        carried(att, maps, start="cam")
 
 
 def test_upsample_keeps_a_constant():

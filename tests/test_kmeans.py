@@ -1,5 +1,3 @@
-from dataclasses import fields
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from kmex_utils.method import products
 from kmex_utils.method.composite import Normalisation, composite
 from kmex_utils.method.kmeans import DenseRows, kmeans
 from kmex_utils.method.operator import CompositeRows
-from kmex_utils.method.prototypes import Prototypes, classwise
+from kmex_utils.method.prototypes import classwise
 
 
 def clouds(k=4, n=50, dim=6, spread=0.3, seed=0):
@@ -149,16 +147,6 @@ def test_too_many_prototypes_for_a_class_is_one_clear_line():
         classwise(lambda index: DenseRows(torch.rand(len(index), 2)), labels, ["wren", "owl"], 2)
     with pytest.raises(ValueError, match="class 'owl' has no training images"):
         classwise(lambda index: DenseRows(torch.rand(len(index), 2)), labels[:3], ["wren", "owl"], 2)
-
-
-def test_prototypes_survive_the_disk(tmp_path):
-    x, labels = clouds(), torch.arange(4).repeat_interleave(50)
-    saved = classwise(lambda index: DenseRows(x[index]), labels, "abcd", 2)
-    saved.save(tmp_path / "p.safetensors", {"prototypes_per_class": 2})
-    loaded, settings = Prototypes.load(tmp_path / "p.safetensors")
-    assert settings == {"prototypes_per_class": 2}
-    for field in fields(Prototypes):
-        assert torch.equal(getattr(loaded, field.name), getattr(saved, field.name))
 
 
 def test_the_given_start_is_left_alone():

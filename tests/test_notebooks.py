@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_rand_score
 import kmex_utils as kmex
 from kmex_utils import paths
 from kmex_utils.explanation.passed import Passed, fit_kmex
-from kmex_utils.method.attribution import attributions
+from kmex_utils.method.attribution import attribution, carried
 from kmex_utils.method.composite import Normalisation
 from kmex_utils.method.measures import accuracy
 from kmex_utils.paper import ledger as open_choices
@@ -196,7 +196,8 @@ def test_open_choices(story, passed):
     network = Run.of(story / "runs", "mnist-mini", 3).network()
     x = passed.x["test"].read(torch.arange(5), 2)
     target = network.classifier(x[-1].mean((2, 3))).argmax(1)
-    ways = [attributions([x[0], *x], network.c, target, explainers, start=start)[2] for start in ("segments", "raw")]
+    att, maps = attribution(x[-1], network.c[target]), {b: e.sim(e.h([x[0], *x])) for b, e in explainers.items()}
+    ways = [carried(att, maps, start=start)[2] for start in ("segments", "raw")]
     pairs = [torch.stack([a.flatten(), b.flatten()]) for a, b in zip(*ways, strict=True)]
     expected = torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs]).nan_to_num(1.0).mean()
     assert numbers["attribution start", "raw", "B234", "map_correlation", "test"] == pytest.approx(

@@ -5,8 +5,8 @@ in batches, on the device.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from .. import paths
 from ..store import replacing
 from . import folders, sources
-from .reading import Reading, read_many, room
+from .reading import Reading, read_many
 from .sources import Listing
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # x [n, 3, S, S], labels [n]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -53,8 +55,7 @@ class Input:
         if isinstance(pixels, np.ndarray):
             pixels = torch.from_numpy(np.array(pixels))  # a copy: cached images are read-only
         x = pixels.to(device)
-        mean = torch.tensor(self.mean, device=x.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=x.device).view(1, 3, 1, 1)
+        mean, std = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return ((x.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
@@ -106,10 +107,8 @@ class Dataset:
         """``train`` or ``test``."""
         return {"train": self.train, "test": self.test}[name]
 
-    def batches(
-        self, split: str, batch_size: int = 128, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Every image of a split once, in order, without augmentation: (x [n, 3, S, S], labels [n])."""
+    def batches(self, split: str, batch_size: int = 128, device: torch.device | str = "cpu") -> Batches:
+        """Every image of a split once, in order, without augmentation."""
         images = self.split(split)
         for start in range(0, len(images), batch_size):
             index = slice(start, start + batch_size)
@@ -144,7 +143,7 @@ def load(
     input
         Size, fit and normalisation; None: the data set's own.
     name
-        Of the data set; a known name lends a folder its input. Empty: the source's own.
+        Of the data set (empty: the source's own); a known name lends a folder its input.
     classes
         The classes to keep: comma-separated names or patterns (``*Sparrow``), or a list of names; empty keeps all.
     crop
@@ -177,12 +176,11 @@ def load(
     """
     if crop and source != "cub200":
         raise ValueError("`crop` cuts to CUB-200's bounding boxes; leave it False for other data")
-    temporary_in = Path(scratch).expanduser() if scratch else None
-    if temporary_in and not temporary_in.is_dir():
+    if scratch and not Path(scratch).expanduser().is_dir():
         raise FileNotFoundError(f"scratch must be a folder that exists, got {scratch}")
     choice: dict[str, Any] = {"images_per_class": images_per_class, "validation": validation, "held_out": held_out}
     choice |= {"classes": classes, "seed": seed}
-    downloads, reading = paths.resolve(data or paths.DATA), Reading(strict=strict)
+    downloads, reading = paths.resolve(data or paths.DATA), Reading(strict=strict, scratch=scratch)
     place = ""  # of a source that can be opened again
     if isinstance(source, str) and source in sources.SIZES:
         name, input, place = name or source, input or own_input(source), source
@@ -193,20 +191,21 @@ def load(
     else:
         name = name or type(source[0] if isinstance(source, tuple) else source).__name__
         input = input or own_input(name)
-        listing = sources.torch_data(source, input.image_size, input.fit, needs_labels, reading, temporary_in)
+        listing = sources.torch_data(source, input.image_size, input.fit, needs_labels, reading)
     input = input or own_input(name)
     if strict and listing.is_test is None and not (validation or held_out):
         raise ValueError(f"{name} has no test split: give one, or a share as held_out or validation")
     kept, labels, train, test = _chosen(listing, **choice)
-    cache = downloads / "cache" if strict and data is not None else None
-    splits = []
-    for split, index in (("train", train), ("validation" if validation else "test", test)):
+
+    def images(split: str, index: np.ndarray) -> Images:
         if listing.pixels is not None:
-            pixels = _resized(listing.pixels, index, input.image_size, temporary_in)
+            pixels = _resized(listing.pixels, index, input.image_size, reading)
         else:
-            stem = cache / f"{name}-{split}" if cache and len(index) else None
-            pixels, index = _decoded(listing, index, input, reading, stem, temporary_in)
-        splits.append(Images(pixels, torch.from_numpy(labels[index]), tuple(listing.names[i] for i in index)))
+            cache = downloads / "cache" / f"{name}-{split}" if strict and data is not None and len(index) else None
+            pixels, index = _decoded(listing, index, input, reading, cache)
+        return Images(pixels, torch.from_numpy(labels[index]), tuple(listing.names[i] for i in index))
+
+    splits = images("train", train), images("validation" if validation else "test", test)
     for line in reading.lines():
         log(line)
     if not len(splits[0]):
@@ -214,15 +213,14 @@ def load(
     if missing := set(range(len(kept))) - set(splits[0].labels.tolist()):
         raise ValueError(f"no image of class {kept[min(missing)]!r} in {name} can be read")
     settings = {"source": place, "name": name, "crop": crop, "strict": strict, "needs_labels": needs_labels, **choice}
-    settings |= {"input": {**asdict(input), "mean": list(input.mean), "std": list(input.std)}, "classes": list(kept)}
-    settings["data"] = None if data is None else _place(data)
-    return Dataset(name, kept, splits[0], splits[1], input, settings if place else None)
+    settings |= {"input": asdict(input), "classes": kept, "data": None if data is None else _place(data)}
+    return Dataset(name, kept, *splits, input, json.loads(json.dumps(settings)) if place else None)
 
 
 def reopen(settings: Mapping[str, Any] | None, **options: Any) -> Dataset:
-    """The data set whose ``settings`` these are; ``options``: ``scratch`` and ``log`` of :func:`load`.
+    """The data set whose ``settings`` these are (a ``torch`` data set has none, a ValueError).
 
-    Raises ValueError for a ``torch`` data set, of which no settings are kept, and what :func:`load` raises.
+    ``options``: ``scratch`` and ``log`` of :func:`load`, which says what else is raised.
     """
     if settings is None:
         raise ValueError("a torch data set is not found by its settings: give it again")
@@ -245,15 +243,17 @@ def count(source: str | Path, *, classes: str | Sequence[str] = "", **choice: An
 
 
 def _chosen(
-    listing: Listing, classes: str | Sequence[str], images_per_class: int = 0, seed: int = 0, **shares: float
+    listing: Listing,
+    classes: str | Sequence[str],
+    images_per_class: int = 0,
+    validation: float = 0.0,
+    held_out: float = 0.0,
+    seed: int = 0,
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]:
-    """What the arguments of :func:`load` choose: class names, labels [N] among them, training and test index.
-
-    ``shares``: validation and held_out.
-    """
+    """What the arguments of :func:`load` choose: class names, labels [N] among them, training and test index."""
     if images_per_class < 0:
         raise ValueError(f"images_per_class must be 0 (all) or positive, got {images_per_class}")
-    for option, share in shares.items():
+    for option, share in (("validation", validation), ("held_out", held_out)):
         if not 0 <= share < 1:
             raise ValueError(f"{option} must be a share of the training images, at least 0 and below 1, got {share}")
     keep = sources.matching(listing.classes, classes)
@@ -268,9 +268,8 @@ def _chosen(
 
     train = first(np.flatnonzero(chosen & ~is_test))
     test = first(np.flatnonzero(chosen & is_test))
-    validation = shares.get("validation", 0.0)
     if validation or listing.is_test is None:
-        mask = sources.held_out(labels[train], validation or shares.get("held_out", 0.0), seed)
+        mask = sources.held_out(labels[train], validation or held_out, seed)
         train, test = train[~mask], train[mask]
     if validation and set(labels[test]) < set(labels[train]):
         raise ValueError(f"validation={validation} leaves a class without validation images: give a larger share")
@@ -285,9 +284,9 @@ def _place(path: str | Path) -> str:
     return str(path if paths.resolve(path) == there else there)
 
 
-def _resized(pixels: np.ndarray, index: np.ndarray, size: int, scratch: Path | None) -> np.ndarray:
-    """Some of the ``pixels``, of another size."""
-    images = room((len(index), pixels.shape[1], size, size), scratch)
+def _resized(pixels: np.ndarray, index: np.ndarray, size: int, reading: Reading) -> np.ndarray:
+    """The indexed ``pixels``, of another size."""
+    images = reading.room((len(index), pixels.shape[1], size, size))
     for start in range(0, len(index), 4096):  # 4,096 images of 96 pixels are 0.45 GB in float32
         x = torch.from_numpy(pixels[index[start : start + 4096]])
         if x.shape[2:] != (size, size):
@@ -297,7 +296,7 @@ def _resized(pixels: np.ndarray, index: np.ndarray, size: int, scratch: Path | N
 
 
 def _decoded(
-    listing: Listing, index: np.ndarray, input: Input, reading: Reading, cache: Path | None, scratch: Path | None
+    listing: Listing, index: np.ndarray, input: Input, reading: Reading, cache: Path | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pixels of files, and the index of those that can be read.
 
@@ -307,22 +306,25 @@ def _decoded(
 
     size, files, names = input.image_size, [listing.files[i] for i in index], [listing.names[i] for i in index]
     boxes = [listing.boxes[i] for i in index] if listing.boxes else ()
-    path = None
-    if cache:
-        key = hashlib.sha256(repr((size, input.fit, boxes)).encode())
-        for file in files:
-            stat = file.stat()
-            key.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        path = cache.with_name(f"{cache.name}-{size}-{key.hexdigest()[:12]}.npy")
-        if path.exists():
-            return np.load(path, mmap_mode="r"), index
-    shape = (len(index), 3, size, size)
     kept: list[int] = []
-    with replacing(path) if path else nullcontext() as temporary:
-        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape) if temporary else room(shape, scratch)
+
+    def decode(pixels: np.ndarray) -> np.ndarray:
         images = read_many(files, size, input.fit, reading, names=names, boxes=boxes)
         for i, image in tqdm(images, "decode", len(files), mininterval=1, leave=False):
             pixels[len(kept)] = image
             kept.append(i)
         reading.check()
-    return np.load(path, mmap_mode="r") if path else pixels[: len(kept)], index[kept]
+        return pixels[: len(kept)]
+
+    shape = (len(index), 3, size, size)
+    if not cache:
+        return decode(reading.room(shape)), index[kept]
+    key = hashlib.sha256(repr((size, input.fit, boxes)).encode())
+    for file in files:
+        stat = file.stat()
+        key.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    path = cache.with_name(f"{cache.name}-{size}-{key.hexdigest()[:12]}.npy")
+    if not path.exists():
+        with replacing(path) as temporary:
+            decode(np.lib.format.open_memmap(temporary, "w+", np.uint8, shape))
+    return np.load(path, mmap_mode="r"), index

@@ -23,8 +23,7 @@ def located(folder: str | Path) -> Path:
 def listed(folder: str | Path, log: Callable[[str], None] | None = None) -> list[Path]:
     """Every image file below a folder, by its ending, sorted; hidden files and folders are left out.
 
-    ``log`` gets one line with the endings of the files that are left out, if there are any. Raises FileNotFoundError
-    or ValueError if there is no such folder or no image in it.
+    ``log`` gets one line with the endings of the files that are left out, if there are any.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -44,9 +43,8 @@ def listed(folder: str | Path, log: Callable[[str], None] | None = None) -> list
 def layout(root: Path, files: list[Path], *, needs_labels: bool, strict: bool) -> tuple[list[str], list[bool]]:
     """Class of each file ("": it has none) and whether it is of the test split.
 
-    The layouts: ``train/<class>/*`` with ``test/<class>/*`` (or ``val``, ``valid``, ``validation``; in any case),
-    ``<class>/*``, and images alone if labels are not needed. Raises ValueError for another layout, a single class, test
-    classes that train/ lacks and, with ``strict``, a class folder without images.
+    A ValueError for a layout that :func:`kmex_utils.data.load` does not know, a single class, test classes that train/
+    lacks and, with ``strict``, a class folder without images.
     """
     fix = LAYOUTS if needs_labels else f"{LAYOUTS}, or images alone"
     parts = [file.relative_to(root).parts for file in files]
@@ -70,9 +68,8 @@ def layout(root: Path, files: list[Path], *, needs_labels: bool, strict: bool) -
         raise ValueError(f"{root} holds {loose} images beside the class folders {', '.join(classes[:3])} …: {fix}")
     if len(classes) == 1:
         alone = f", or the folder {root / classes[0]} itself to have the network's predictions as labels"
-        raise ValueError(
-            f"{root} holds one class only ({classes[0]}): give at least two{'' if needs_labels else alone}"
-        )
+        fix = "give at least two" + ("" if needs_labels else alone)
+        raise ValueError(f"{root} holds one class only ({classes[0]}): {fix}")
     in_train = {name for name, is_test in zip(class_of, test, strict=True) if not is_test}
     empty = {Path(name).name for name in glob("*/", root_dir=train_folder)} - in_train
     if strict and classes and empty:

@@ -21,12 +21,16 @@ KINDS = {"L": "of one channel", "1": "of one channel", "P": "with a palette"}  #
 
 @dataclass
 class Reading:
-    """What happened while images were read: ``unreadable`` (name, reason) and how many were converted from what."""
+    """What happened while images were read: ``unreadable`` (name, reason) and how many were converted from what.
+
+    ``strict`` and ``scratch`` as in :func:`kmex_utils.data.load`.
+    """
 
     total: int = 0
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     converted: Counter[str] = field(default_factory=Counter)
     strict: bool = False
+    scratch: str | Path | None = None
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
@@ -41,6 +45,19 @@ class Reading:
         """The pixels of what :func:`read` or :func:`fitted` returned; its conversion is counted."""
         self.converted.update([image[1]] if image[1] else [])
         return image[0]
+
+    def room(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An empty uint8 array: in memory up to 1 GiB, else in a temporary file in ``scratch`` (None: the system's)."""
+        needed = int(np.prod(shape))
+        if needed <= IN_MEMORY:
+            return np.empty(shape, np.uint8)
+        folder = Path(self.scratch or tempfile.gettempdir()).expanduser()
+        free = shutil.disk_usage(folder).free
+        if needed > free:  # writing to a memory map would kill the process
+            sizes = f"{shape[0]:,} images take {needed / 2**30:.1f} GiB and {folder} has {free / 2**30:.1f} free"
+            raise ValueError(f"{sizes}: give scratch=, a folder with room")
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return np.memmap(file, np.uint8, "w+", shape=shape)
 
     def lines(self) -> Iterator[str]:
         """One line for each unreadable image, their count, and one for all conversions."""
@@ -69,10 +86,9 @@ def reason(error: Exception) -> str:
 
 
 def rgb(image: Image.Image) -> tuple[Image.Image, str]:
-    """Upright 8-bit RGB of any image Pillow opens, and what it was converted from (empty: nothing to convert).
+    """Upright 8-bit RGB of an image, and what it was converted from (empty: nothing to convert).
 
-    16 bits are scaled to 8 (65535 is white in every image), transparency is laid on white, EXIF orientation is applied.
-    Raises ValueError for floating-point pixels: they do not say where white is.
+    16 bits are scaled to 8 (65535 is white in every image); transparency is laid on white.
     """
     image = ImageOps.exif_transpose(image)
     mode = image.mode
@@ -121,33 +137,13 @@ def read(file: str | Path, size: int, fit: str, box: Sequence[float] | None = No
 
 
 def read_many(
-    files: Sequence[Path], size: int, fit: str, reading: Reading, *, names: Sequence[str] = (), boxes: Sequence = ()
+    files: Sequence[Path], size: int, fit: str, reading: Reading, *, names: Sequence[str], boxes: Sequence = ()
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(index, uint8 [3, size, size]) of the files that can be read, in order.
-
-    ``reading`` learns of the others, by ``names`` (empty: their paths).
-    """
+    """(index, uint8 [3, size, size]) of the files that can be read; ``reading`` learns of the others by ``names``."""
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(files), AHEAD):
             part = range(start, min(start + AHEAD, len(files)))
             work = [pool.submit(read, files[i], size, fit, boxes[i] if boxes else None) for i in part]
             for i, future in zip(part, work, strict=True):
-                with reading.attempt(names[i] if names else str(files[i])):
+                with reading.attempt(names[i]):
                     yield i, reading.pixels(future.result())
-
-
-def room(shape: tuple[int, ...], scratch: Path | None = None) -> np.ndarray:
-    """An empty uint8 array: in memory up to 1 GiB, else in a temporary file in ``scratch`` (None: the system's).
-
-    Raises ValueError if the disk is too full: writing to a memory map there would kill the process.
-    """
-    needed = int(np.prod(shape))
-    if needed <= IN_MEMORY:
-        return np.empty(shape, np.uint8)
-    folder = scratch or Path(tempfile.gettempdir())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        sizes = f"{shape[0]:,} images take {needed / 2**30:.1f} GiB and {folder} has {free / 2**30:.1f} free"
-        raise ValueError(f"{sizes}: give scratch=, a folder with room")
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return np.memmap(file, np.uint8, "w+", shape=shape)

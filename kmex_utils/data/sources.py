@@ -6,9 +6,9 @@ import hashlib
 import io
 import operator
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from .. import paths
 from . import folders
-from .reading import Reading, fitted, room
+from .reading import Reading, fitted
 
 MNIST_MINI_SHA256 = "ca038e34953256d15c41ff771ae1cb9d00049611dec5ee0c80c29b86025a9d83"
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
@@ -73,7 +73,7 @@ def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     return mask
 
 
-def known(name: str, data: Path, crop: bool = False) -> Listing:
+def known(name: str, data: Path, crop: bool) -> Listing:
     """One of the paper's data sets, downloaded into ``data`` if it is not there."""
     if name == "cub200":
         return _cub200(data, crop)
@@ -89,31 +89,28 @@ def expected(name: str) -> Listing:
 
 def _in_memory(classes: Sequence[str], pixels: list, labels: list, names: Any = None) -> Listing:
     """A listing of the pixels, labels and names of (train, test)."""
-    counts = [len(part) for part in labels]
-    names = np.concatenate(names or [np.arange(count) for count in counts])
-    is_test = np.arange(sum(counts)) >= counts[0]
-    labels_of_both = np.concatenate(labels).astype(np.int64)
-    return Listing(tuple(classes), labels_of_both, [*map(str, names)], is_test, pixels=np.concatenate(pixels))
+    names = [str(name) for part in names or [range(len(part)) for part in labels] for name in part]
+    is_test = np.arange(len(names)) >= len(labels[0])
+    return Listing(
+        tuple(classes), np.concatenate(labels, dtype=np.int64), names, is_test, pixels=np.concatenate(pixels)
+    )
 
 
 def _mnist_mini(data: Path) -> Listing:
-    content = paths.MNIST_MINI.read_bytes() if paths.MNIST_MINI.exists() else b""
+    file = paths.MNIST_MINI
+    content = file.read_bytes() if file.exists() else b""
     if hashlib.sha256(content).hexdigest() != MNIST_MINI_SHA256:
-        fix = "restore it with `git checkout -- data/mnist-mini.npz`"
-        raise ValueError(f"{paths.MNIST_MINI} is missing or damaged; {fix}")
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        images, labels, index = (
-            [file[f"{s}_{key}"] for s in ("train", "test")] for key in ("images", "labels", "index")
-        )
+        raise ValueError(f"{file} is missing or damaged; restore it with `git checkout -- data/mnist-mini.npz`")
+    arrays = np.load(io.BytesIO(content), allow_pickle=False)
+    images, labels, index = ([arrays[f"{s}_{key}"] for s in ("train", "test")] for key in ("images", "labels", "index"))
     return _in_memory("0123456789", [part[:, None] for part in images], labels, index)
 
 
 def _mnist(data: Path) -> Listing:
     from torchvision.datasets import MNIST
 
-    raw = data / "MNIST" / "raw"
-    fetch = partial(MNIST, data, download=True)
-    splits = [_downloaded(partial(fetch, train=train), raw, "the four MNIST .gz files") for train in (True, False)]
+    with _downloading("the four MNIST .gz files", data / "MNIST" / "raw"):
+        splits = [MNIST(data, train=train, download=True) for train in (True, False)]
     pixels = [split.data.numpy()[:, None] for split in splits]
     return _in_memory("0123456789", pixels, [split.targets.numpy() for split in splits])
 
@@ -121,8 +118,8 @@ def _mnist(data: Path) -> Listing:
 def _stl10(data: Path) -> Listing:
     from torchvision.datasets import STL10
 
-    fetch = partial(STL10, data, download=True)
-    splits = [_downloaded(partial(fetch, split=split), data, "stl10_binary.tar.gz") for split in ("train", "test")]
+    with _downloading("stl10_binary.tar.gz", data):
+        splits = [STL10(data, split=split, download=True) for split in ("train", "test")]
     classes = (data / "stl10_binary" / "class_names.txt").read_text().split()
     return _in_memory(classes, [split.data for split in splits], [split.labels for split in splits])
 
@@ -134,40 +131,40 @@ def _cub200(data: Path, crop: bool) -> Listing:
         if not archive.exists():
             from torchvision.datasets.utils import download_url
 
-            _downloaded(partial(download_url, CUB_URL, str(data), archive.name, CUB_MD5), data, archive.name)
+            with _downloading(archive.name, data):
+                download_url(CUB_URL, str(data), archive.name, CUB_MD5)
         extract_cub(archive, data)
 
     def table(name: str) -> dict[str, str]:
         return dict(line.split(maxsplit=1) for line in (root / f"{name}.txt").read_text().splitlines())
 
-    images, class_of, is_train, class_names = map(
-        table, ("images", "image_class_labels", "train_test_split", "classes")
-    )
-    boxes = table("bounding_boxes") if crop else {}
+    images, class_of, is_train = table("images"), table("image_class_labels"), table("train_test_split")
+    names, boxes = table("classes"), table("bounding_boxes") if crop else {}
     present = sorted(set(class_of.values()), key=int)
     labels = np.array([present.index(class_of[i]) for i in images])
     is_test = np.array([is_train[i] != "1" for i in images])
-    classes = tuple(class_names[c].split(".", 1)[-1] for c in present)
+    classes = tuple(names[c].split(".", 1)[-1] for c in present)
     files = [root / "images" / name for name in images.values()]
-    numbers = [[float(value) for value in boxes[i].split()] for i in images] if crop else ()
-    return Listing(classes, labels, list(images.values()), is_test, files, numbers)
+    cut = [[float(value) for value in boxes[i].split()] for i in images] if crop else ()
+    return Listing(classes, labels, list(images.values()), is_test, files, cut)
 
 
 def extract_cub(archive: Path, data: Path) -> None:
     """Check the official archive's MD5 and unpack it; links and names that leave the folder are refused."""
     with open(archive, "rb") as file:
         if hashlib.file_digest(file, "md5").hexdigest() != CUB_MD5:
-            fix = "delete it and run again"
-            raise ValueError(f"{archive} is not the official CUB-200-2011 archive (MD5 {CUB_MD5}); {fix}")
+            official = f"the official CUB-200-2011 archive (MD5 {CUB_MD5})"
+            raise ValueError(f"{archive} is not {official}; delete it and run again")
     with tarfile.open(archive) as tar:
         tar.extractall(data, filter="data")
 
 
-def _downloaded(fetch: Callable[[], Any], where: Path, what: str) -> Any:
-    """Run a download; a missing network is one line that says which file to put where."""
+@contextmanager
+def _downloading(what: str, where: Path) -> Iterator[None]:
+    """A missing network is one line that says which file to put where."""
     where.mkdir(parents=True, exist_ok=True)
     try:
-        return fetch()
+        yield
     except (OSError, RuntimeError) as error:
         raise ConnectionError(f"cannot download ({error}); put {what} into {where} and run again") from None
 
@@ -188,29 +185,26 @@ def folder(
     return Listing(tuple(classes), labels, names, is_test if is_test.any() else None, files)
 
 
-def torch_data(source: Any, size: int, fit: str, needs_labels: bool, reading: Reading, scratch: Path | None) -> Listing:
-    """A ``torch`` data set, or a pair (train, test), of (image, label); read once, to uint8 [N, 3, size, size].
-
-    Raises TypeError or ValueError for items or labels that do not do, in one line that names the fix.
-    """
+def torch_data(source: Any, size: int, fit: str, needs_labels: bool, reading: Reading) -> Listing:
+    """A ``torch`` data set, or a pair (train, test), of (image, label); read once, to uint8 [N, 3, size, size]."""
     from tqdm.auto import tqdm
 
     pair = source if isinstance(source, tuple) else (source,)
     if len(pair) > 2 or not all(hasattr(part, "__len__") and hasattr(part, "__getitem__") for part in pair):
         raise TypeError(f"give a known name, a folder, a torch data set or a pair (train, test), got {type(source)}")
-    pixels = room((sum(map(len, pair)), 3, size, size), scratch)
-    rows: list[tuple[int, str, bool]] = []  # label, name and whether it is of the test split
+    pixels = reading.room((sum(map(len, pair)), 3, size, size))
+    rows: list[tuple[int, int, bool]] = []  # label, index and whether it is of the test split
     for part, dataset in enumerate(pair):
         for i in tqdm(range(len(dataset)), "read", mininterval=1, leave=False):
             with reading.attempt(f"image {i}"):
                 image, label = _image_and_label(dataset[i])
                 pixels[len(rows)] = reading.pixels(fitted(image, size, fit))
-                rows.append((label, str(i), part == 1))
+                rows.append((label, i, part == 1))
     reading.check()
-    labels, is_test = np.array([row[0] for row in rows], np.int64), np.array([row[2] for row in rows], bool)
-    classes, labels = _classes(pair[0], labels, is_test) if needs_labels or (labels >= 0).any() else ((), labels)
-    names = [row[1] for row in rows]
-    return Listing(classes, labels, names, is_test if len(pair) > 1 else None, pixels=pixels[: len(rows)])
+    labels, index, test = np.array(rows, np.int64).reshape(-1, 3).T
+    classes, labels = _classes(pair[0], labels, test == 1) if needs_labels or (labels >= 0).any() else ((), labels)
+    names, is_test = [*map(str, index)], test == 1 if len(pair) > 1 else None
+    return Listing(classes, labels, names, is_test, pixels=pixels[: len(rows)])
 
 
 def _classes(dataset: Any, labels: np.ndarray, is_test: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:

@@ -1,6 +1,7 @@
-"""What a frozen network makes of a data set: block outputs x(b), embeddings z."""
+"""What a frozen network makes of a data set: block outputs x(b), embeddings z, scores y."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,55 +16,52 @@ from ..networks import Network
 
 STORES = ("memory", "disk", "disk-half", "nowhere")
 
-Read = Callable[[torch.Tensor, int], list[torch.Tensor]]
-
 
 @torch.no_grad()
 def activations(
-    network: Network,
-    dataset: Dataset,
-    split: str,
-    blocks: Sequence[int] = (),
-    *,
-    batch_size: int = 128,
-    device: torch.device | str = "cpu",
-    scores: list[torch.Tensor] | None = None,
-) -> Iterator[list[torch.Tensor]]:
-    """Per batch, in order: x(b) of the blocks asked for (1 … B; default all), each [n, D_b, H_b, W_b], float32.
-
-    ``scores`` gets the network's y of each batch, [n, C], on the CPU.
-    """
+    network: Network, dataset: Dataset, split: str, *, batch_size: int = 128, device: torch.device | str = "cpu"
+) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+    """Per batch, in order: x(1) … x(B), each [n, D_b, H_b, W_b], float32, and y [n, C]."""
     from tqdm.auto import tqdm
 
     network.eval().to(device)
-    wanted = list(blocks) or range(1, len(network.blocks) + 1)
     total = -(-len(dataset.split(split)) // batch_size)
-    batches = dataset.batches(split, batch_size, device)
-    for x, _ in tqdm(batches, f"activations of {split}", total, leave=False):
+    for x, _ in tqdm(dataset.batches(split, batch_size, device), f"activations of {split}", total, leave=False):
         with exact():
-            outputs, y = network.outputs(x)
-        if scores is not None:
-            scores.append(y.cpu())
-        yield [outputs[b - 1] for b in wanted]
+            outputs = network.outputs(x)
+        yield outputs
 
 
+def embed(
+    network: Network, dataset: Dataset, split: str, *, batch_size: int = 128, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Embeddings z of a split, [N, D], on the CPU."""
+    passes = activations(network, dataset, split, batch_size=batch_size, device=device)
+    return torch.cat([avg_pool(x[-1]).cpu() for x, _ in passes])
+
+
+@dataclass(frozen=True)
 class Activations:
-    """x(b) of a split for the blocks from ``first`` on, read by image, wherever they are stored.
+    """x(b) of a split for the blocks from ``first`` on, read by image, wherever they are stored; :func:`keep` makes it.
 
-    Use :func:`keep` to make one.
+    ``y`` are the network's scores of all images, [N, C].
     """
 
-    def __init__(self, read: Read, images: int, first: int) -> None:
-        self._read = read
-        self.images = images
-        self.first = first
+    y: torch.Tensor
+    first: int
+    in_memory: bool
+    _read: Callable[[torch.Tensor, int], list[torch.Tensor]] = field(repr=False)
 
     def __len__(self) -> int:
-        return self.images
+        return len(self.y)
 
     def read(self, index: torch.Tensor, start_block: int) -> list[torch.Tensor]:
         """x(b) of some images for b from ``start_block`` to the last, each [n, D_b, H_b, W_b], float32."""
         return self._read(index, start_block - self.first)
+
+    def bytes_of(self, start_block: int) -> int:
+        """Of one image's x(b) for b from ``start_block`` on."""
+        return sum(x.nbytes for x in self.read(torch.tensor([0]), start_block))
 
     def rows(
         self,
@@ -92,88 +90,60 @@ def keep(
     folder: Path | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 128,
-    scores: list[torch.Tensor] | None = None,
 ) -> Activations:
     """Pass a split through the network once and keep x(first) … x(B).
 
-    Parameters
-    ----------
-    store
-        ``memory``; ``disk`` (float32, memory-mapped files in ``folder``); ``disk-half`` (float16, each image and block
-        scaled by a power of two, so that nothing overflows and little underflows); ``nowhere`` (computed anew
-        whenever it is read).
-    scores
-        As in :func:`activations`; "nowhere" makes no pass and gives none.
+    ``store``: ``memory``; ``disk`` (float32, memory-mapped files in ``folder``); ``disk-half`` (float16, each image and
+    block scaled by a power of two, so that nothing overflows and little underflows); ``nowhere`` (computed anew
+    whenever it is read).
     """
     if store not in STORES:
         raise ValueError(f"store must be one of {', '.join(STORES)}, got {store!r}")
-    images = len(dataset.split(split))
-    if store == "nowhere":
-        network.eval().to(device)
-        return Activations(_recompute(network, dataset, split, first, device), images, first)
-    blocks = range(first, len(network.blocks) + 1)
-    batches = activations(network, dataset, split, blocks, device=device, batch_size=batch_size, scores=scores)
-    if store == "memory":
-        return Activations(_in_memory(batches, images), images, first)
-    if folder is None:
+    if store.startswith("disk") and folder is None:
         raise ValueError(f"store={store!r} needs a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{split}-B{b}.npy" for b in blocks]
-    return Activations(_on_disk(batches, images, paths, half=store == "disk-half"), images, first)
-
-
-def _in_memory(batches: Iterator[list[torch.Tensor]], images: int) -> Read:
+    images, half = len(dataset.split(split)), store == "disk-half"
     kept: list[torch.Tensor] = []
+    scales: list[torch.Tensor] = []
+    y: list[torch.Tensor] = []
     start = 0
-    for batch in batches:
-        if not kept:
-            kept = [torch.empty((images, *x.shape[1:]), memory_format=torch.channels_last) for x in batch]
-        for whole, x in zip(kept, batch, strict=True):
-            whole[start : start + len(x)] = x
-        start += len(batch[0])
-    return lambda index, skip: [x[index] for x in kept[skip:]]
-
-
-def _on_disk(batches: Iterator[list[torch.Tensor]], images: int, paths: list[Path], half: bool) -> Read:
-    files: list[np.ndarray] = []
-    scales = [torch.ones(images) for _ in paths]
-    start = 0
-    for batch in batches:
-        stop = start + len(batch[0])
-        for i, x in enumerate(batch):
+    for outputs, scores in activations(network, dataset, split, batch_size=batch_size, device=device):
+        y.append(scores.cpu())
+        stop = start + len(scores)
+        for i, x in enumerate(outputs[first - 1 :] if store != "nowhere" else ()):
             if start == 0:
-                dtype = np.float16 if half else np.float32
-                files.append(np.lib.format.open_memmap(paths[i], "w+", dtype, (images, *x.shape[1:])))
+                path = folder / f"{split}-B{first + i}.npy" if folder and store != "memory" else None
+                kept.append(_room((images, *x.shape[1:]), path, np.float16 if half else np.float32))
+                scales.append(torch.ones(images))
             if half:  # the largest value to 2^14: a factor four below float16's end
                 largest = x.abs().amax((1, 2, 3)).clamp_min(1e-30)
                 scales[i][start:stop] = torch.exp2(14 - largest.log2().floor()).cpu()
-            files[i][start:stop] = (x.cpu() * scales[i][start:stop, None, None, None]).numpy()
+                x = x.cpu() * scales[i][start:stop, None, None, None]
+            kept[i][start:stop] = x
         start = stop
 
     def read(index: torch.Tensor, skip: int) -> list[torch.Tensor]:
-        pairs = zip(files[skip:], scales[skip:], strict=True)
-        return [torch.from_numpy(x[index.numpy()]).float() / scale[index, None, None, None] for x, scale in pairs]
+        parts = [x[index] for x in kept[skip:]]
+        if half:
+            pairs = zip(parts, scales[skip:], strict=True)
+            parts = [x.float() / scale[index, None, None, None] for x, scale in pairs]
+        return parts
 
-    return read
-
-
-def _recompute(network: Network, dataset: Dataset, split: str, first: int, device: torch.device | str) -> Read:
     @torch.no_grad()
-    def read(index: torch.Tensor, skip: int) -> list[torch.Tensor]:
+    def compute(index: torch.Tensor, skip: int) -> list[torch.Tensor]:
         parts = []
-        for some in index.split(128):
-            x = dataset.input(dataset.split(split).pixels[some.numpy()], device)
+        for part in index.split(128):
+            x = dataset.input(dataset.split(split).pixels[part.numpy()], device)
             with exact():
                 parts.append(network.activations(x)[first - 1 + skip :])
         return [torch.cat(x) for x in zip(*parts, strict=True)]
 
-    return read
+    of_all = torch.cat(y) if y else torch.empty(0, len(network.classes))
+    return Activations(of_all, first, store == "memory", compute if store == "nowhere" else read)
 
 
-def embed(
-    network: Network, dataset: Dataset, split: str, *, batch_size: int = 128, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """Embeddings z of a split, [N, D], on the CPU."""
-    last = [len(network.blocks)]
-    batches = activations(network, dataset, split, last, batch_size=batch_size, device=device)
-    return torch.cat([avg_pool(h).cpu() for (h,) in batches])
+def _room(shape: tuple[int, ...], path: Path | None, dtype: type) -> torch.Tensor:
+    """An empty tensor in memory, or in a file."""
+    if path is None:
+        return torch.empty(shape, memory_format=torch.channels_last)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return torch.from_numpy(np.lib.format.open_memmap(path, "w+", dtype, shape))

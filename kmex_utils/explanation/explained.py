@@ -4,11 +4,12 @@
 """
 
 import io
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from ..hardware import exact
 from ..method.attribution import attribution, carried
 from ..method.composite import Normalisation
 from ..method.explainers import EncoderKMeans, KMEx, block_name
+from ..method.products import double_device
 from ..method.prototypes import Prototypes
 from ..networks import Network
 from ..store import load_json, load_tensors, replacing, save_json, save_tensors
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
     from .explorer import Explorer
 
 NEAREST = 5  # patches of each prototype, of as many images: what one row of the explorer holds
-KEPT_PATCHES = 1024  # drawn patches in memory; at 224 px about 60 MB
 KEPT_SEEN = 32  # images from outside the data set whose maps stay in memory
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,11 @@ class Picture:
         return np.broadcast_to(self.pixels.transpose(1, 2, 0), (*self.pixels.shape[1:], 3))
 
 
+AnyImage = int | str | Path | np.ndarray | Image.Image | Picture
+
+
 class Seen(NamedTuple):
-    """What network and prototypes make of one image: y [C], h [1, D, H, W], q_s by start block [1, H_b, W_b]."""
+    """What network and prototypes make of images: y [n, C], h [n, D, H, W], q_s by start block [n, H_b, W_b]."""
 
     y: torch.Tensor
     h: torch.Tensor
@@ -80,6 +85,7 @@ class Nearest:
         p, labels = explainer.prototypes, passed.labels["train"]
         index = torch.full((len(p), NEAREST), -1)
         position, images = index.clone(), torch.zeros(len(p), dtype=torch.int64)
+        shared = images.clone()
         for c in p.labels.unique().tolist():
             of_class = (p.labels == c).nonzero().flatten()
             members = (labels == c).nonzero().flatten()
@@ -94,17 +100,14 @@ class Nearest:
             n = min(NEAREST, len(members))
             order = distance.topk(n, 1, largest=False).indices
             index[of_class, :n], position[of_class, :n] = members[order], row.gather(1, order)
+            q_s = maps[members].flatten(1)
+            shared[of_class] = torch.stack([(q_s == k).any(1).sum() for k in of_class])
             images[of_class] = len(members)
-        return cls(index, position, _appearances(maps, labels, p), images)
+        return cls(index, position, shared, images)
 
-
-def _appearances(maps: torch.Tensor, labels: torch.Tensor, prototypes: Prototypes) -> torch.Tensor:
-    """In how many images of its class each prototype appears, [K]."""
-    counts = torch.zeros(len(prototypes), dtype=torch.int64)
-    for q_s, label in zip(maps, labels.tolist(), strict=True):
-        used = q_s.unique().long()
-        counts[used[prototypes.labels[used] == label]] += 1
-    return counts
+    def ranks(self) -> list[list[int]]:
+        """[prototype, rank] of every patch there is."""
+        return (self.index >= 0).nonzero().tolist()
 
 
 class Explained:
@@ -119,21 +122,19 @@ class Explained:
     kmex
         :class:`~kmex_utils.method.explainers.KMEx` by K/C.
     dataset
-        ``dataset.train`` made the prototypes, ``dataset.test`` was held out; None where only the prototypes were loaded.
+        ``dataset.train`` made the prototypes, ``dataset.test`` was held out; None where only prototypes were loaded.
+    settings
+        Everything that fixes the result.
+    table
+        Cosines (Table 1) and accuracy (Table 2) by model, or None.
     maps, y, h
         By (start block, split) q_s of every image, int32 [N, H_b, W_b]; by split the network's scores [N, C] and, where
         they fit, the encoder's outputs. Filled by :func:`~kmex_utils.explanation.fit.explain` alone.
-    table
-        Cosines (Table 1) and accuracy (Table 2) by model, or None.
-    predictions_as_labels
-        Whether the network's predictions stand in for labels.
-    settings
-        Everything that fixes the result.
     """
 
     def __init__(self, network: Network, dataset: Dataset | None, settings: dict[str, Any]) -> None:
         self.network, self.dataset, self.settings = network, dataset, settings
-        self.classes: tuple[str, ...] = dataset.classes if dataset else tuple(settings["classes"])
+        self.classes: tuple[str, ...] = tuple(settings.get("classes", dataset.classes if dataset else ()))
         self.explainers: dict[int, EncoderKMeans] = {}
         self.kmex: dict[int, KMEx] = {}
         self.nearest: dict[int, Nearest] = {}
@@ -142,9 +143,8 @@ class Explained:
         self.h: dict[str, torch.Tensor] = {}
         self.table: pd.DataFrame | None = None
         self._made: dict[str, dict[str, Any]] = {}  # settings of each explainer
-        self._drawn: dict[int, list[list[bytes]]] = {}  # patches as they were saved, by start block
-        self._seen: dict[bytes, Seen] = {}
-        self._patch = lru_cache(KEPT_PATCHES)(self._cut)
+        self._drawn: dict[tuple[int, int, int], bytes] = {}  # patches as saved, by start block, prototype and rank
+        self._seen = lru_cache(KEPT_SEEN)(self._see)
 
     def __repr__(self) -> str:
         names = ", ".join([*(f"KMEx (K/C={k})" for k in self.kmex), *(self.name(b) for b in self.explainers)])
@@ -163,7 +163,9 @@ class Explained:
 
     @property
     def start_blocks(self) -> list[int]:
-        """From the last to the shallowest."""
+        """From the last to the shallowest; a ValueError if there are none."""
+        if not self.explainers:
+            raise ValueError("there are no prototypes of the encoder: run notebook 04_encoder, or explain() a folder")
         return sorted(self.explainers, reverse=True)
 
     # prototypes
@@ -190,13 +192,10 @@ class Explained:
 
     def patch(self, start_block: int, prototype: int, rank: int = 0) -> Patch:
         """The training patch nearest to a prototype, or the next ones of other images (``rank`` 1, 2 …)."""
-        return self._patch(start_block, prototype, rank)
-
-    def _cut(self, start_block: int, prototype: int, rank: int) -> Patch:
-        nearest = self.nearest[start_block]
+        nearest, key = self.nearest[start_block], (start_block, prototype, rank)
         index, position = int(nearest.index[prototype, rank]), int(nearest.position[prototype, rank])
-        if start_block in self._drawn:
-            with Image.open(io.BytesIO(self._drawn[start_block][prototype][rank])) as image:
+        if key in self._drawn:
+            with Image.open(io.BytesIO(self._drawn[key])) as image:
                 pixels = np.asarray(image)
         else:
             assert self.dataset is not None
@@ -217,52 +216,45 @@ class Explained:
 
     # one image
 
-    def picture(self, image: "int | str | Path | np.ndarray | Image.Image | Picture") -> Picture:
+    def picture(self, image: AnyImage) -> Picture:
         """An image by its index or name in the data set, from a file, or as uint8 array [H, W, 3] or a Pillow image.
 
-        An index counts held-out images first, then those that made the prototypes.
-
-        Raises
-        ------
-        ValueError, IndexError
-            There is no such image, or it cannot be read.
+        An index counts held-out images first, then those that made the prototypes. Raises ValueError or IndexError if
+        there is no such image, or it cannot be read.
         """
         if isinstance(image, Picture):
             return image
-        if isinstance(image, int | np.integer):
-            return self._by_index(int(image))
+        size, fit = self.network.input.image_size, self.network.input.fit
         if isinstance(image, str | Path):
-            return self._by_name(image)
+            file, folder = Path(image).expanduser(), self.settings.get("folder")
+            inside = [str(image), *([os.path.relpath(file.absolute(), folder)] if folder else [])]
+            name = next((name for name in inside if name in self.names), "")
+            if not name and not file.is_file():
+                of = (
+                    f"an image of {self.settings['dataset']} such as {self.names[0]}" if self.names else "an image here"
+                )
+                raise ValueError(f"{image} is neither a file nor {of}")
+            if not name:
+                return Picture(reading.read(file, size, fit)[0], file.name)
+            image = self.names.index(name)
+        if isinstance(image, int | np.integer):
+            return self._picture(int(image))
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,), (4,)):
-                raise ValueError(
-                    f"an array must be uint8 [H, W, 3] with values 0 … 255, got {image.dtype} {list(image.shape)}"
-                )
+                got = f"{image.dtype} {list(image.shape)}"
+                raise ValueError(f"an array must be uint8 [H, W, 3] with values 0 … 255, got {got}")
             image = Image.fromarray(image)
-        return Picture(reading.fitted(image, self.network.input.image_size, self.network.input.fit)[0], "image")
+        return Picture(reading.fitted(image, size, fit)[0], "image")
 
-    def _by_index(self, index: int) -> Picture:
+    def _picture(self, index: int) -> Picture:
+        """An image of the data set."""
         if self.dataset is None:
             raise ValueError("the images are not here, only the prototypes: give a file, or load(…, images=folder)")
-        test, train = self.dataset.test, self.dataset.train
-        if not 0 <= index < len(test) + len(train):
-            raise IndexError(f"image must be an index of the {len(test) + len(train)} images, got {index}")
-        split, part, i = ("test", test, index) if index < len(test) else ("train", train, index - len(test))
-        return Picture(np.asarray(part.pixels[i]), self.names[index], split, i)
-
-    def _by_name(self, image: str | Path) -> Picture:
-        if str(image) in self.names:
-            return self._by_index(self.names.index(str(image)))
-        file = Path(image).expanduser()
-        if not file.is_file():
-            of = f"an image of {self.settings['dataset']} such as {self.names[0]}" if self.names else "an image here"
-            raise ValueError(f"{image} is neither a file nor {of}")
-        root = self.settings.get("folder")
-        if root and file.absolute().is_relative_to(root):
-            name = str(file.absolute().relative_to(root))
-            if name in self.names:
-                return self._by_index(self.names.index(name))
-        return Picture(reading.read(file, self.network.input.image_size, self.network.input.fit)[0], file.name)
+        if not 0 <= index < len(self.names):
+            raise IndexError(f"image must be an index of the {len(self.names)} images, got {index}")
+        held_out = len(self.dataset.test)
+        split, i = ("test", index) if index < held_out else ("train", index - held_out)
+        return Picture(np.asarray(self.dataset.split(split).pixels[i]), self.names[index], split, i)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -271,78 +263,78 @@ class Explained:
             return ()
         test, train = self.dataset.test.names, self.dataset.train.names
         if set(test) & set(train):
-            test, train = (tuple(f"{split}/{n}" for n in part) for split, part in (("test", test), ("train", train)))
+            return (*(f"test/{name}" for name in test), *(f"train/{name}" for name in train))
         return (*test, *train)
 
     def seen(self, picture: Picture) -> Seen:
         """What the network and the prototypes make of an image; the data set's own are not computed again."""
         if picture.split in self.h:
             i = slice(picture.index, picture.index + 1)
-            maps = {b: self.maps[b, picture.split][i].long() for b in self.start_blocks}
-            return Seen(self.y[picture.split][picture.index], self.h[picture.split][i], maps)
-        key = picture.pixels.tobytes()
-        if key not in self._seen:
-            with torch.no_grad(), exact():
-                x, y = self.network.outputs(self.network.input(picture.pixels[None]))
-                maps = {b: explainer.sim(explainer.h(x)) for b, explainer in self.explainers.items()}
-            while len(self._seen) >= KEPT_SEEN:
-                self._seen.pop(next(iter(self._seen)))
-            self._seen[key] = Seen(y[0], x[-1], maps)
-        return self._seen[key]
+            maps = {b: self.maps[b, picture.split][i].long() for b in self.explainers}
+            return Seen(self.y[picture.split][i], self.h[picture.split][i], maps)
+        return self._seen(picture.pixels.tobytes(), picture.pixels.shape)
+
+    def _see(self, pixels: bytes, shape: tuple[int, ...]) -> Seen:
+        return self.see(np.frombuffer(pixels, np.uint8).reshape(1, *shape))
+
+    @torch.no_grad()
+    @exact()
+    def see(self, pixels: np.ndarray, device: torch.device | str = "cpu") -> Seen:
+        """What the network and the prototypes make of images, uint8 [n, 1 or 3, S, S]."""
+        x, y = self.network.outputs(self.network.input(pixels, device))
+        double = [u.to(double_device(u.device)) for u in x]
+        maps = {b: explainer.sim(explainer.h(double)).cpu() for b, explainer in self.explainers.items()}
+        return Seen(y.cpu(), x[-1].cpu(), maps)
 
     def target(self, target: str | int | None, seen: Seen) -> int:
-        """Index of a class of the network, by name or index; empty or None: the predicted one."""
-        if target in ("", None):
-            return int(seen.y.argmax())
-        return self.network.output(target)
+        """Index of a class of the network, by name or index; empty or None: the one predicted for an image."""
+        return int(seen.y.argmax()) if target in ("", None) else self.network.output(target)
 
     def attributions(
         self, seen: Seen, target: str | int | None = "", start: str = "segments"
     ) -> dict[int, torch.Tensor] | None:
-        """att(b:) by start block, [1, H_b, W_b]; None where eq. 11 does not hold. ``start`` as in ``attributions``."""
+        """att(b:) by start block, [n, H_b, W_b]; None where eq. 11 does not hold. ``start`` as in ``attributions``."""
         if not self.network.pooled_linear:
             return None
-        c_j = self.network.c[[self.target(target, seen)]]
+        predicted = seen.y.argmax(1)
+        j = predicted if target in ("", None) else torch.full_like(predicted, self.network.output(target))
         last = self.explainers[self.start_blocks[0]]
-        return carried(attribution(seen.h, c_j), seen.maps, last.normalisation.align_corners, start=start)
+        att = attribution(seen.h, self.network.c.cpu()[j])
+        return carried(att, seen.maps, last.normalisation.align_corners, start=start)
 
     def interpretations(
         self,
-        image: "int | str | Path | np.ndarray | Image.Image | Picture",
+        image: AnyImage,
         start_blocks: Sequence[int] = (),
         target: str | int | None = "",
         max_patches: int = 10,
         attribution_start: str = "segments",
     ) -> list[Interpretation]:
         """Figure 1's parts for an image, one for each start block (empty: the last and the shallowest)."""
-        self._require_encoder()
-        blocks = list(start_blocks) or sorted({self.start_blocks[0], self.start_blocks[-1]}, reverse=True)
+        last, shallowest = self.start_blocks[0], self.start_blocks[-1]
+        blocks = list(start_blocks) or sorted({last, shallowest}, reverse=True)
         for b in blocks:
             if b not in self.explainers:
-                raise ValueError(f"start blocks run from {self.start_blocks[-1]} to {self.start_blocks[0]}, got {b}")
+                raise ValueError(f"start blocks run from {shallowest} to {last}, got {b}")
         seen = self.seen(self.picture(image))
         att = self.attributions(seen, target, attribution_start)
-        return [self._interpretation(b, seen, att, max_patches) for b in blocks]
-
-    def _interpretation(
-        self, start_block: int, seen: Seen, att: dict[int, torch.Tensor] | None, max_patches: int
-    ) -> Interpretation:
-        q_s = seen.maps[start_block]
-        predicted = self.classes[int(self.explainers[start_block].proj(q_s)[0].argmax())]
-        used, counts = q_s.unique(return_counts=True)
-        order = counts.argsort(descending=True, stable=True)[:max_patches]
-        patches = tuple(
-            replace(self.patch(start_block, k), share=count / q_s.numel())
-            for k, count in zip(used[order].tolist(), counts[order].tolist(), strict=True)
-        )
-        attributed = att[start_block][0].numpy() if att else None
-        return Interpretation(self.name(start_block), q_s[0].numpy(), attributed, patches, predicted)
+        parts = []
+        for b in blocks:
+            q_s = seen.maps[b]
+            used, counts = q_s.unique(return_counts=True)
+            largest = counts.argsort(descending=True, stable=True)[:max_patches]
+            segments = zip(used[largest].tolist(), counts[largest].tolist(), strict=True)
+            patches = tuple(replace(self.patch(b, k), share=count / q_s.numel()) for k, count in segments)
+            predicted = self.classes[int(self.explainers[b].proj(q_s)[0].argmax())]
+            attributed = att[b][0].numpy() if att else None
+            parts.append(Interpretation(self.name(b), q_s[0].numpy(), attributed, patches, predicted))
+        return parts
 
     # to look at, send and read on
 
     def panel(
         self,
-        image: "int | str | Path | np.ndarray | Image.Image | Picture",
+        image: AnyImage,
         start_blocks: Sequence[int] = (),
         target: str | int | None = "",
         *,
@@ -371,23 +363,20 @@ class Explained:
         predicted = self.network.classes[int(self.seen(picture).y.argmax())]
         return figure1(picture.rgb, parts, title or f"{Path(picture.name).name}: {self.network.name} says {predicted}")
 
-    def explorer(self, image: "int | str | Path | Picture" = 0, start_block: int = 0) -> "Explorer":
-        """An interactive view for the notebook (ipywidgets); a still one where widgets cannot run."""
-        self._require_encoder()
+    def explorer(self, image: AnyImage = 0, start_block: int = 0) -> "Explorer":
+        """An interactive view for the notebook; a still one where widgets cannot run."""
         from .explorer import Explorer
 
         return Explorer(self, image, start_block)
 
-    def report(self, path: str | Path, panels: Sequence[Any] = (), **options: Any) -> Path:
+    def report(self, path: str | Path, panels: Sequence[AnyImage] = (), **options: Any) -> Path:
         """One HTML file to send; see :func:`kmex_utils.explanation.report.write`."""
-        self._require_encoder()
         from . import report
 
         return report.write(self, Path(path), panels, **options)
 
     def export(self, folder: str | Path, images: str | Path = "", **options: Any) -> Path:
         """Maps, attributions, predictions for a whole folder; see :func:`kmex_utils.explanation.export.export`."""
-        self._require_encoder()
         from .export import export
 
         images = images or self.settings.get("folder", "")
@@ -395,46 +384,41 @@ class Explained:
             raise ValueError("give the folder of images to export: the prototypes are of a data set, not of a folder")
         return export(self, Path(folder), images, **options)
 
-    def _require_encoder(self) -> None:
-        if not self.explainers:
-            raise ValueError("there are no prototypes of the encoder: run notebook 04_encoder, or explain() a folder")
-
     # to keep
 
     def save(self, folder: str | Path, only: Iterable[str] = ()) -> Path:
-        """Everything into a folder that :meth:`load` reads; explainers saved there before go.
+        """Everything into a folder that :meth:`load` reads, if it was written to the end; explainers there before go.
 
-        Parameters
-        ----------
-        only
-            Names of explainers (``KMEx-5``, ``B234``) to write beside what is there, as notebooks 3 and 4 do.
+        ``only`` names explainers (``KMEx-5``, ``B234``) to write beside what is there, as notebooks 3 and 4 do.
         """
-        folder = Path(folder)
-        names = list(only) or list(self._made)
+        folder, only = Path(folder), list(only)
+        settings = folder / "explained.json"
         if not only:
-            if (folder / "explained.json").exists():  # what was saved here before, not another's files
-                for stale in _explainer_files(folder):
-                    stale.unlink()
+            stale = (
+                [*_explainer_files(folder), folder / "table.csv"] if settings.exists() else []
+            )  # not another's files
+            save_json(settings, {"unfinished": True})
+            for path in stale:
+                path.unlink(missing_ok=True)
             self.network.save(folder)
             if self.table is not None:
                 with replacing(folder / "table.csv") as temporary:
                     self.table.to_csv(temporary, float_format="%.6g")
-            save_json(folder / "explained.json", {**self.settings, "classes": list(self.classes)})
-        for name in names:
-            self._save_explainer(folder / f"{name}.safetensors", name)
+        of = {"classes": list(self.classes), "weights": self.network.fingerprint}
+        for name in only or self._made:
+            made = self._made[name]
+            b = made.get("start_block")
+            explainer = self.kmex[made["prototypes_per_class"]] if b is None else self.explainers[b]
+            tensors = dict(vars(explainer.prototypes))
+            if b is not None:
+                tensors |= {f"nearest_{key}": value for key, value in vars(self.nearest[b]).items()}
+                encoded = [_webp(self.patch(b, k, rank).pixels) for k, rank in self.nearest[b].ranks()]
+                tensors["patches"] = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
+                tensors["patch_sizes"] = torch.tensor([len(part) for part in encoded])
+            save_tensors(folder / f"{name}.safetensors", tensors, {**made, **of})
+        if not only:
+            save_json(settings, {**self.settings, "classes": list(self.classes)})  # last: what is there is whole
         return folder
-
-    def _save_explainer(self, path: Path, name: str) -> None:
-        made = {**self._made[name], "classes": list(self.classes), "weights": self.network.fingerprint}
-        b = made.get("start_block")
-        prototypes = (self.kmex[made["prototypes_per_class"]] if b is None else self.explainers[b]).prototypes
-        tensors = {field.name: getattr(prototypes, field.name) for field in fields(Prototypes)}
-        if b is not None:
-            near = {f"nearest_{field.name}": getattr(self.nearest[b], field.name) for field in fields(Nearest)}
-            encoded = [_webp(patch.pixels) for k in range(len(prototypes)) for patch in self.patches(b, k)]
-            tensors |= near | {"patches": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)}
-            tensors["patch_sizes"] = torch.tensor([len(part) for part in encoded])
-        save_tensors(path, tensors, made)
 
     @classmethod
     def load(
@@ -455,46 +439,49 @@ class Explained:
             One line: nothing was saved there, a part is damaged or of another network.
         """
         folder = Path(folder).expanduser()
-        if not (folder / "explained.json").is_file():
+        path = folder / "explained.json"
+        if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no saved explanation: give a folder that explained.save() wrote")
-        network = networks.load(folder, module)
-        settings = load_json(folder / "explained.json")
+        settings = load_json(path)
         if not isinstance(settings, dict) or not isinstance(settings.get("classes"), list):
-            raise ValueError(f"{folder / 'explained.json'} is not of a saved explanation: save it again")
+            raise ValueError(f"{path} is not of a whole saved explanation: save it again")
+        network = networks.load(folder, module)
         if isinstance(images, str | Path):
             how = {key: settings[key] for key in ("held_out", "seed") if key in settings}
             images = data.load(Path(images), network.input, strict=False, needs_labels=False, data=None, **how)
-        explained = cls(network, images, settings)
-        explained.classes = tuple(settings["classes"])
+        explained, weights = cls(network, images, settings), network.fingerprint
         for path in _explainer_files(folder):
-            explained._load_explainer(path)
+            explained._load_explainer(path, weights)
         if (folder / "table.csv").is_file():
             import pandas as pd
 
             explained.table = pd.read_csv(folder / "table.csv", index_col="model")
         return explained
 
-    def _load_explainer(self, path: Path) -> None:
+    def _load_explainer(self, path: Path, weights: str) -> None:
         tensors, made = load_tensors(path)
-        if made.pop("weights", None) != self.network.fingerprint:
+        if made.pop("weights", None) != weights:
             raise ValueError(f"{path} was made from another network: fit it again (notebook 03_kmex or 04_encoder)")
         if tuple(made.pop("classes")) != self.classes:
             raise ValueError(f"{path} is of other classes than {path.parent / 'explained.json'}: fit it again")
+        self._made[path.stem] = made
         try:
-            prototypes = Prototypes(**{field.name: tensors[field.name] for field in fields(Prototypes)})
+            prototypes, b = _of(Prototypes, tensors), made.get("start_block")
+            if b is None:
+                self.kmex[made["prototypes_per_class"]] = KMEx(prototypes, len(self.classes))
+                return
+            self.explainers[b] = EncoderKMeans(prototypes, len(self.classes), b, _of(Normalisation, made))
+            self.nearest[b] = _of(Nearest, tensors, "nearest_")
+            patches = tensors["patches"].split(tensors["patch_sizes"].tolist())
         except KeyError as missing:
             raise ValueError(f"{path} does not hold prototypes: it lacks {missing}") from None
-        count, b = made["prototypes_per_class"], made.get("start_block")
-        self._made[path.stem] = made
-        if b is None:
-            self.kmex[count] = KMEx(prototypes, len(self.classes))
-            return
-        normalisation = Normalisation(**{field.name: made[field.name] for field in fields(Normalisation)})
-        self.explainers[b] = EncoderKMeans(prototypes, len(self.classes), b, normalisation)
-        self.nearest[b] = Nearest(**{field.name: tensors[f"nearest_{field.name}"] for field in fields(Nearest)})
-        parts = iter(tensors["patches"].split(tensors["patch_sizes"].tolist()))
-        counts = (self.nearest[b].index >= 0).sum(1).tolist()
-        self._drawn[b] = [[next(parts).numpy().tobytes() for _ in range(count)] for count in counts]
+        for (k, rank), patch in zip(self.nearest[b].ranks(), patches, strict=True):
+            self._drawn[b, k, rank] = patch.numpy().tobytes()
+
+
+def _of(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """A dataclass from those of the values that bear its fields' names."""
+    return kind(**{field.name: values[prefix + field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def _explainer_files(folder: Path) -> list[Path]:

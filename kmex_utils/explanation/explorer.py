@@ -18,26 +18,15 @@ from .interpretation import Interpretation
 Explained = Any  # kmex_utils.explanation.explained.Explained, which imports this module
 HERE = Path(__file__).parent
 PATCH = 96  # pixels of a patch on the screen
-GIVEN = ""  # the choice of image for one that is not of the data set
-PREDICTED = ""  # the choice of class that follows the prediction
+GIVEN = PREDICTED = ""  # the choice of image for one that is not of the data set; of class, for the predicted one
 
 
 class Explorer:
     """What ``explained.explorer()`` shows; display it as the last line of a cell.
 
-    Parameters
-    ----------
-    explained
-        An :class:`~kmex_utils.explanation.explained.Explained`.
-    image, start_block
-        Shown first: an image as ``explained.picture`` takes it, and a start block (0: the shallowest).
-
-    Attributes
-    ----------
-    image, start_block, target
-        The three controls (ipywidgets).
-    panels
-        The linked panels; its ``selected`` is the prototype clicked, -1 for none.
+    First an image as ``explained.picture`` takes it, from a start block (0: the shallowest). Once ``widget`` is made,
+    ``image``, ``start_block`` and ``target`` are its controls (ipywidgets), ``panels`` the linked panels, whose
+    ``selected`` is the prototype clicked, -1 for none.
     """
 
     def __init__(self, explained: Explained, image: Any = 0, start_block: int = 0) -> None:
@@ -53,7 +42,7 @@ class Explorer:
         are eq. 11's values carried to this block, ``limit`` the end of their colour scale.
         """
         explained, network = self.explained, self.explained.network
-        picture = self._first if isinstance(image, str) and image == GIVEN else explained.picture(image)
+        picture = explained.picture(self._first if isinstance(image, str) and image == GIVEN else image)
         seen = explained.seen(picture)
         count = len(explained.explainers[start_block].prototypes)
         (part,) = explained.interpretations(picture, [start_block], target, count)
@@ -119,7 +108,9 @@ class Explorer:
 
         explained, first = self.explained, self._first
         Dropdown = partial(ipywidgets.Dropdown, style={"description_width": "initial"})
-        images = [*([] if first.split else [(first.name, GIVEN)]), *((name, name) for name in explained.names)]
+        images = [(name, name) for name in explained.names]
+        if not first.split:
+            images.insert(0, (first.name, GIVEN))
         blocks = [(explained.name(b), b) for b in explained.start_blocks]
         classes = [("predicted", PREDICTED), *((name, name) for name in dict.fromkeys(explained.network.classes))]
         self.image = Dropdown(description="image", options=images, value=first.name if first.split else GIVEN)

@@ -14,9 +14,7 @@ from tqdm.auto import tqdm
 
 from ..data.folders import listed
 from ..data.reading import Reading, read_many
-from ..hardware import exact, pick_device
-from ..method.attribution import attribution, carried
-from ..method.products import double_device
+from ..hardware import pick_device
 from ..store import load_json, replacing, save_json
 
 try:
@@ -31,8 +29,6 @@ WHITE = 65535  # of a 16-bit PNG
 Rows = list[dict[str, Any]]
 
 
-@exact()
-@torch.no_grad()
 def export(
     explained: Explained,
     folder: str | Path,
@@ -142,43 +138,31 @@ def _batch(
     if not read:
         return images, segments
     index, pixels = zip(*read, strict=True)
-    x, y = network.outputs(network.input(np.stack(pixels), device))
-    double = [u.to(double_device(device)) for u in x]
-    q_s = {b: explainer.sim(explainer.h(double)).cpu() for b, explainer in explained.explainers.items()}
-    y, h = y.cpu(), x[-1].cpu()
-    att = None
-    if network.pooled_linear:
-        align_corners = explained.explainers[len(x)].normalisation.align_corners
-        att = carried(attribution(h, network.c.cpu()[y.argmax(1)]), q_s, align_corners)
-    classes = {explained.name(b): explained.explainers[b].proj(q_s[b]).argmax(1) for b in q_s}
-    classes |= {f"KMEx-{k}": explainer.predict(explainer.h([h])) for k, explainer in explained.kmex.items()}
+    seen = explained.see(np.stack(pixels), device)
+    att = explained.attributions(seen)
+    classes = {explained.name(b): explained.explainers[b].proj(q_s).argmax(1) for b, q_s in seen.maps.items()}
+    classes |= {f"KMEx-{k}": explainer.predict(explainer.h([seen.h])) for k, explainer in explained.kmex.items()}
     for n, i in enumerate(index):
-        image, j = images[i], int(y[n].argmax())
+        image, y = images[i], seen.y[n]
+        j = int(y.argmax())
         image |= {"predicted": network.classes[j], "predicted_index": j}
-        image |= {"score": float(y[n].max()), "probability": float(y[n].softmax(0).max())}
+        image |= {"score": float(y[j]), "probability": float(y.softmax(0)[j])}
         image |= {name: explained.classes[int(predicted[n])] for name, predicted in classes.items()}
         limit = image["attribution_limit"] = max(float(a[n].abs().max()) for a in att.values()) if att else None
-        arrays = {explained.name(b): q_s[b][n].numpy().astype(np.int32) for b in q_s}
-        for b in q_s:
+        arrays = {explained.name(b): q_s[n].numpy().astype(np.int32) for b, q_s in seen.maps.items()}
+        for b in seen.maps:
             name, values = explained.name(b), att[b][n].numpy() if att else None
-            for segment in _segments(explained, b, arrays[name], values):
-                segments.append({"file": names[i], "explainer": name, **segment})
+            labels, q_s = explained.explainers[b].prototypes.labels, arrays[name]
+            used, first, counts = np.unique(q_s, return_index=True, return_counts=True)
+            segment = {"file": names[i], "explainer": name}
+            for k, position, count in zip(used.tolist(), first, counts, strict=True):
+                segment |= {"prototype": k, "class": explained.classes[labels[k]], "share": count / q_s.size}
+                # all positions of a segment have one attribution
+                segments.append({**segment, "attribution": None if values is None else float(values.flat[position])})
             if values is not None:
                 arrays[f"attribution_{name}"] = values
         _save_maps(folder / names[i], arrays, maps, limit or 1.0)
     return images, segments
-
-
-def _segments(
-    explained: Explained, start_block: int, q_s: np.ndarray, values: np.ndarray | None
-) -> Iterator[dict[str, Any]]:
-    """What an image's map holds; all positions of a segment have one attribution, so its first tells it."""
-    labels = explained.explainers[start_block].prototypes.labels
-    used, first, counts = np.unique(q_s, return_index=True, return_counts=True)
-    for k, position, count in zip(used.tolist(), first.tolist(), counts.tolist(), strict=True):
-        att = None if values is None else float(values.flat[position])
-        name = explained.classes[int(labels[k])]
-        yield {"prototype": k, "class": name, "share": count / q_s.size, "attribution": att}
 
 
 def _save_maps(stem: Path, arrays: dict[str, Any], maps: str, limit: float) -> None:

@@ -10,22 +10,16 @@ from matplotlib.figure import Figure, SubFigure
 from ..drawing import Colour, palette, short, styled
 from .interpretation import Interpretation, Patch
 
-COLOURED = (
-    10  # prototypes with a colour of their own and a patch, the largest: all that the style's palette tells apart
-)
+COLOURED = 10  # largest prototypes, with a colour of their own and a patch: all that the style's palette tells apart
 GREY = 0.88  # of the others
 
 
 @styled
 def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title: str = "") -> Figure:
-    """The interpretation process of one image.
+    """The interpretation process of one image, uint8 [S, S, 3].
 
-    Parameters
-    ----------
-    image
-        uint8 [S, S, 3].
-    interpretations
-        One per explainer, drawn from left to right (the paper: B4, B234). All attributions share one scale.
+    The interpretations, one per explainer, are drawn from left to right (the paper: B4, B234); all attributions share
+    one scale.
     """
     limit = max(0.0 if i.attribution is None else float(np.abs(i.attribution).max()) for i in interpretations) or 1.0
     figure = plt.figure(figsize=(5.2 * len(interpretations), 4.2))

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,14 @@ def explain(
     scratch = Path(scratch).expanduser() if scratch else None
     if network.assumed:
         log(f"images enter {network.name} as {network.preprocessing()}")
-    dataset = _opened(images, network, held_out, seed, scratch, log)
+    if isinstance(images, Dataset):
+        dataset = images
+        if replace(dataset.input, fit=network.input.fit) != network.input:
+            raise ValueError("the data set's image size and normalisation are not the network's: load it with the same")
+    else:
+        source = Path(images) if isinstance(images, str) else images  # a folder, though a data set bears its name
+        how: dict[str, Any] = {"held_out": held_out, "seed": seed, "scratch": scratch, "log": log}
+        dataset = data.load(source, network.input, strict=False, needs_labels=False, data=None, **how)
     settings = {
         **network.settings(),
         "dataset": dataset.name,
@@ -95,15 +102,17 @@ def explain(
         "start_block": first,
         "prototypes_per_class": prototypes_per_class,
         "held_out": held_out,
-        "norm": norm,
-        "scale": scale,
-        "align_corners": align_corners,
-        "grid": grid,
+        **asdict(normalisation),
         "restarts": restarts,
         "seed": seed,
     }
-    if dataset.classes:
-        _enough(dataset, prototypes_per_class)
+    for c, name in enumerate(dataset.classes):
+        count = int((dataset.train.labels == c).sum())
+        if count < prototypes_per_class:
+            raise ValueError(
+                f"class {name!r} has {count} images to make prototypes from, fewer than K/C = {prototypes_per_class}: "
+                "lower prototypes_per_class or held_out, or add images"
+            )
     if not network.pooled_linear:
         log(f"no attributions: Theorem 1 and eq. 11 do not hold for {network.name}: {network.between}")
     explained = Explained(network, dataset, settings)
@@ -121,47 +130,19 @@ def explain(
     return explained
 
 
-def _opened(
-    images: str | Path | Dataset | Any,
-    network: Network,
-    held_out: float,
-    seed: int,
-    scratch: Path | None,
-    log: Callable[[str], None],
-) -> Dataset:
-    if not isinstance(images, Dataset):
-        options: dict[str, Any] = {"held_out": held_out, "seed": seed, "scratch": scratch, "log": log}
-        source = Path(images) if isinstance(images, str) else images  # a folder, though a data set bears its name
-        return data.load(source, network.input, strict=False, needs_labels=False, data=None, **options)
-    if replace(images.input, fit=network.input.fit) != network.input:
-        raise ValueError("the data set's image size and normalisation are not the network's: load it with the same")
-    return images
-
-
-def _enough(dataset: Dataset, prototypes_per_class: int) -> None:
-    for c, name in enumerate(dataset.classes):
-        count = int((dataset.train.labels == c).sum())
-        if count < prototypes_per_class:
-            raise ValueError(
-                f"class {name!r} has {count} images to make prototypes from, fewer than K/C = {prototypes_per_class}: "
-                "lower prototypes_per_class or held_out, or add images"
-            )
-
-
 def _fit(explained: Explained, passed: Passed, normalisation: Normalisation) -> None:
     """The clusterings, and what is kept to answer quickly for the folder's own images."""
     settings = explained.settings
-    how = {"seed": settings["seed"], "restarts": settings["restarts"]}
+    prototypes_per_class, how = settings["prototypes_per_class"], {key: settings[key] for key in ("seed", "restarts")}
     for b in range(passed.blocks, settings["start_block"] - 1, -1):
-        explainer = passed.fit_encoder(b, normalisation, settings["prototypes_per_class"], **how)
+        explainer = passed.fit_encoder(b, normalisation, prototypes_per_class, **how)
         explained.add_encoder(explainer, passed, passed.map(explainer, "train"), **how)
         explained.maps[b, "test"] = passed.map(explainer, "test").int()
-    for count in sorted({1, settings["prototypes_per_class"]}):
+    for count in sorted({1, prototypes_per_class}):
         explained.add_kmex(passed.fit_kmex(count, **how), **how)
-    explained.y = passed.y
-    last = passed.blocks
-    if passed.bytes_of[last] * sum(map(len, passed.x.values())) <= KEPT_H:
-        explained.h = {split: torch.cat([h.cpu() for h in passed.h(split)]) for split in SPLITS if len(passed.x[split])}
+    explained.y, last = passed.y, passed.blocks
+    if passed.x["train"].bytes_of(last) * sum(map(len, passed.x.values())) <= KEPT_H:
+        explained.h = {split: x.read(torch.arange(len(x)), last)[-1].cpu() for split, x in passed.x.items() if len(x)}
 
 
 # --- predictions as labels ----------------------------------------------------------------------------------------
@@ -211,21 +192,8 @@ def _table(explained: Explained, z: dict[str, torch.Tensor], log: Callable[[str]
 
     dataset, network = explained.dataset, explained.network
     assert dataset is not None
-    word = "agreement" if explained.predictions_as_labels else "accuracy"
-    labels = {split: dataset.split(split).labels for split in SPLITS}
-    rows: dict[str, dict[str, float]] = {}
-
-    def score(name: str, split: str, predicted: torch.Tensor) -> None:
-        labelled = labels[split] >= 0
-        if labelled.any():
-            value = accuracy(predicted[labelled], labels[split][labelled])
-            rows.setdefault(name, {})[f"{word}, {SPLITS[split]} (%)"] = value
-
-    def align(name: str, vectors: torch.Tensor, classes: torch.Tensor) -> None:
-        labelled = labels["train"] >= 0
-        inside, outside = cosine_alignment(z["train"][labelled], labels["train"][labelled], vectors, classes)
-        rows.setdefault(name, {}).update({"cosine, class": inside, "cosine, out": outside})
-
+    vectors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # and their classes, by model
+    predicted: dict[str, dict[str, torch.Tensor]] = {}  # by model and split
     outputs = network_classes(explained)
     if outputs is None:
         log(
@@ -234,24 +202,32 @@ def _table(explained: Explained, z: dict[str, torch.Tensor], log: Callable[[str]
         )
     else:
         if network.pooled_linear:
-            align("CNN", network.c[outputs].cpu(), torch.arange(len(outputs)))
+            vectors["CNN"] = network.c[outputs].cpu(), torch.arange(len(outputs))
         if not explained.predictions_as_labels:
-            class_of = torch.full((len(network.classes),), -1)
-            class_of[outputs] = torch.arange(len(outputs))
-            for split in z:
-                score("CNN", split, class_of[explained.y[split].argmax(1)])
+            class_of = _relabelled(torch.arange(len(network.classes)), outputs)
+            predicted["CNN"] = {split: class_of[explained.y[split].argmax(1)] for split in z}
     for count, kmex in explained.kmex.items():
         name = f"KMEx (K/C={count})"
-        align(name, kmex.prototypes.vectors, kmex.prototypes.labels)
-        for split in z:
-            score(name, split, kmex.predict(z[split]))
-    for b, explainer in explained.explainers.items():
-        for split in z:
-            score(explained.name(b), split, explainer.proj(explained.maps[b, split].long()).argmax(1))
-    order = ["cosine, class", "cosine, out", *(f"{word}, {part} (%)" for part in SPLITS.values())]
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table.index.name = "model"
-    return table.reindex(columns=[name for name in order if name in table])
+        vectors[name] = kmex.prototypes.vectors, kmex.prototypes.labels
+        predicted[name] = {split: kmex.predict(z[split]) for split in z}
+    for b, encoder in explained.explainers.items():
+        maps = {split: explained.maps[b, split].long() for split in z}
+        predicted[explained.name(b)] = {split: encoder.proj(maps[split]).argmax(1) for split in z}
+
+    word = "agreement" if explained.predictions_as_labels else "accuracy"
+    labels = {split: dataset.split(split).labels for split in z}
+    table = pd.DataFrame(index=pd.Index(dict.fromkeys([*vectors, *predicted]), name="model"), dtype=float)
+    train = labels["train"] >= 0
+    for name, (columns, classes) in vectors.items():
+        cosines = cosine_alignment(z["train"][train], labels["train"][train], columns, classes)
+        table.loc[name, ["cosine, class", "cosine, out"]] = cosines
+    for split in z:
+        labelled = labels[split] >= 0
+        if labelled.any():
+            column = f"{word}, {SPLITS[split]} (%)"
+            for name, of_split in predicted.items():
+                table.loc[name, column] = accuracy(of_split[split][labelled], labels[split][labelled])
+    return table
 
 
 def network_classes(explained: Explained) -> torch.Tensor | None:

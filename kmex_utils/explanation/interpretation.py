@@ -35,12 +35,10 @@ class Interpretation:
 
 
 def segment_patch(image: np.ndarray, segments: np.ndarray, position: int) -> np.ndarray:
-    """The part of an image that one row's segment covers.
+    """The connected part of a segment around ``position`` (row-major on the map's grid), cut out of its image.
 
-    The connected part of the segment around ``position`` (row-major on the map's grid) is cut out in a square with one
-    cell of context on each side; what is outside the segment is faded towards grey.
-
-    ``image`` uint8 [S, S, 3], ``segments`` int [H', W']; returns uint8 [s, s, 3].
+    A square with one cell of context on each side; what is outside the segment is faded towards grey. ``image`` uint8
+    [S, S, 3], ``segments`` int [H', W']; returns uint8 [s, s, 3].
     """
     row, column = divmod(position, segments.shape[1])
     part = _connected(segments == segments[row, column], row, column)
@@ -61,12 +59,10 @@ def segment_patch(image: np.ndarray, segments: np.ndarray, position: int) -> np.
 
 def _connected(segment: np.ndarray, row: int, column: int) -> np.ndarray:
     """The part of a mask [H', W'] that is connected with a position, along rows and columns."""
-    reached = np.zeros_like(segment)
-    reached[row, column] = True
-    while True:
-        padded = np.pad(reached, 1)
+    reached, spread = np.zeros_like(segment), np.zeros_like(segment)
+    spread[row, column] = True
+    while not np.array_equal(spread, reached):
+        reached, padded = spread, np.pad(spread, 1)
         beside = padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
         spread = segment & (reached | beside)
-        if np.array_equal(spread, reached):
-            return reached
-        reached = spread
+    return reached

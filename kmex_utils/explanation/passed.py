@@ -17,7 +17,7 @@ from ..method.operator import CompositeRows
 from ..method.products import double_device
 from ..method.prototypes import classwise
 from ..networks import Network
-from .activations import Activations, activations, keep
+from .activations import Activations, keep
 
 IN_MEMORY = 2 * 2**30  # bytes of activations that `store="auto"` and the rows of one class may take in memory
 
@@ -26,16 +26,14 @@ IN_MEMORY = 2 * 2**30  # bytes of activations that `store="auto"` and the rows o
 class Passed:
     """x(b) of a data set's images for the blocks from the first passed on, with the network's scores.
 
-    ``x``, ``y`` [N, C'] and ``labels`` [N] (-1: no class) by split; ``classes`` are the C names that labels count.
+    ``x`` and ``labels`` [N] (-1: no class) by split; ``classes`` are the C names that labels count. Fits are of all
+    training images or of those of an ``index``; their options are ``seed`` and ``restarts`` of k-means.
     """
 
     x: dict[str, Activations]
-    y: dict[str, torch.Tensor]
     labels: dict[str, torch.Tensor]
     classes: tuple[str, ...]
     blocks: int
-    bytes_of: dict[int, int]  # of an image's activations, by start block
-    in_memory: bool
     device: torch.device
 
     @classmethod
@@ -58,29 +56,26 @@ class Passed:
         """
         blocks = len(network.blocks)
         block_name(first_block, blocks)  # refuses a block that is not there
-        with torch.no_grad():
-            probe = network.eval().to(device).activations(dataset.input(dataset.train.pixels[:1], device))
-        bytes_of = {b: 4 * sum(x[0].numel() for x in probe[b - 1 :]) for b in range(first_block, blocks + 1)}
         if store == "auto":
-            needed = bytes_of[first_block] * (len(dataset.train) + len(dataset.test))
-            store = _place(needed, folder, log)
-        x, y = {}, {}
-        for split in ("train", "test"):
-            scores: list[torch.Tensor] = []
-            options: dict[str, Any] = {"device": device, "batch_size": batch_size, "scores": scores}
-            x[split] = keep(network, dataset, split, first_block, store, folder=folder, **options)
-            if store == "nowhere":
-                for _ in activations(network, dataset, split, [blocks], **options):
-                    pass
-            y[split] = torch.cat(scores) if scores else torch.empty(0, len(network.classes))
+            with torch.no_grad():
+                probe = network.eval().to(device).activations(dataset.input(dataset.train.pixels[:1], device))
+            images = len(dataset.train) + len(dataset.test)
+            store = _place(images * sum(x.nbytes for x in probe[first_block - 1 :]), folder, log)
+        where: dict[str, Any] = {"folder": folder, "device": device, "batch_size": batch_size}
+        x = {split: keep(network, dataset, split, first_block, store, **where) for split in ("train", "test")}
         labels = {split: dataset.split(split).labels for split in x}
-        where = double_device(torch.device(device))
-        return cls(x, y, labels, dataset.classes, blocks, bytes_of, store == "memory", where)
+        return cls(x, labels, dataset.classes, blocks, double_device(torch.device(device)))
+
+    @property
+    def y(self) -> dict[str, torch.Tensor]:
+        """The network's scores by split, [N, C']."""
+        return {split: x.y for split, x in self.x.items()}
 
     def rows(self, index: torch.Tensor, start_block: int, normalisation: Normalisation) -> CompositeRows:
         """Rows of q(b:) of some training images, in memory where they fit."""
-        fits = self.in_memory or len(index) * self.bytes_of[start_block] <= IN_MEMORY
-        return self.x["train"].rows(index, start_block, normalisation, keep=fits, device=self.device)
+        x = self.x["train"]
+        fits = x.in_memory or len(index) * x.bytes_of(start_block) <= IN_MEMORY
+        return x.rows(index, start_block, normalisation, keep=fits, device=self.device)
 
     def fit_encoder(
         self,
@@ -88,35 +83,25 @@ class Passed:
         normalisation: Normalisation,
         prototypes_per_class: int,
         *,
-        seed: int,
-        restarts: int,
         index: torch.Tensor | None = None,
+        **options: Any,
     ) -> EncoderKMeans:
-        """B4, B34 …: class-wise k-means on the rows of q(b:) of the training images, or of those of an ``index``."""
-        index = torch.arange(len(self.labels["train"])) if index is None else index
+        """B4, B34 …: class-wise k-means on the rows of q(b:)."""
+        index = self._all("train") if index is None else index
 
         def rows_of(members: torch.Tensor) -> CompositeRows:
             return self.rows(index[members], start_block, normalisation)
 
-        prototypes = classwise(
-            rows_of,
-            self.labels["train"][index],
-            self.classes,
-            prototypes_per_class,
-            seed=seed,
-            restarts=restarts,
-            progress=block_name(start_block, self.blocks),
-        )
+        labels, name = self.labels["train"][index], block_name(start_block, self.blocks)
+        prototypes = classwise(rows_of, labels, self.classes, prototypes_per_class, progress=name, **options)
         prototypes = replace(prototypes, image=index[prototypes.image])  # of the training split, not of ``index``
         return EncoderKMeans(prototypes, len(self.classes), start_block, normalisation)
 
-    def fit_kmex(
-        self, prototypes_per_class: int, *, seed: int, restarts: int, index: torch.Tensor | None = None
-    ) -> KMEx:
-        """KMEx of the training images, or of those of an ``index``."""
-        index = torch.arange(len(self.labels["train"])) if index is None else index
+    def fit_kmex(self, prototypes_per_class: int, *, index: torch.Tensor | None = None, **options: Any) -> KMEx:
+        """KMEx: class-wise k-means on z."""
+        index = self._all("train") if index is None else index
         z, labels = self.z("train", index), self.labels["train"][index]
-        kmex = fit_kmex(z, labels, self.classes, prototypes_per_class, seed=seed, restarts=restarts)
+        kmex = fit_kmex(z, labels, self.classes, prototypes_per_class, **options)
         return KMEx(replace(kmex.prototypes, image=index[kmex.prototypes.image]), len(self.classes))
 
     def first_of_each_class(self, images_per_class: int) -> torch.Tensor:
@@ -124,22 +109,15 @@ class Passed:
         members = [(self.labels["train"] == c).nonzero().flatten() for c in range(len(self.classes))]
         return torch.cat([index[: images_per_class or None] for index in members]).sort().values
 
-    def h(self, split: str) -> Iterator[torch.Tensor]:
-        """The encoder's output of a split in order, in parts [n, D, H, W]."""
-        for index in torch.arange(len(self.x[split])).split(512):
-            yield self.x[split].read(index, self.blocks)[-1]
-
     def z(self, split: str, index: torch.Tensor | None = None) -> torch.Tensor:
         """Embeddings of a split, or of some of its images, [N, D]."""
-        x = self.x[split]
-        index = torch.arange(len(x)) if index is None else index
-        return torch.cat([avg_pool(x.read(part, self.blocks)[-1]).cpu() for part in index.split(512)])
+        parts = (self._all(split) if index is None else index).split(512)  # images: h of more would be copied at once
+        return torch.cat([avg_pool(self.x[split].read(part, self.blocks)[-1]).cpu() for part in parts])
 
     def map(self, explainer: EncoderKMeans, split: str) -> torch.Tensor:
         """q_s(b:) of a split, [N, H', W']."""
-        x = self.x[split]
-        index, start_block = torch.arange(len(x)), explainer.start_block
-        rows = x.rows(index, start_block, explainer.normalisation, keep=False, device=self.device)
+        how: dict[str, Any] = {"keep": False, "device": self.device}
+        rows = self.x[split].rows(self._all(split), explainer.start_block, explainer.normalisation, **how)
         return explainer.sim(rows).cpu()
 
     def accuracies(
@@ -149,27 +127,20 @@ class Passed:
         for split in splits:
             yield from accuracies(explainer, self.map(explainer, split), self.labels[split], split)
 
+    def _all(self, split: str) -> torch.Tensor:
+        return torch.arange(len(self.x[split]))
+
 
 def fit_kmex(
-    z: torch.Tensor,
-    labels: torch.Tensor,
-    classes: Sequence[str],
-    prototypes_per_class: int,
-    *,
-    seed: int,
-    restarts: int,
+    z: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], prototypes_per_class: int, **options: Any
 ) -> KMEx:
-    """KMEx from embeddings z [N, D] and labels [N] (section 3.2)."""
-    prototypes = classwise(
-        lambda index: DenseRows(z[index]),
-        labels,
-        classes,
-        prototypes_per_class,
-        seed=seed,
-        restarts=restarts,
-        progress=f"KMEx, K/C = {prototypes_per_class}",
-    )
-    return KMEx(prototypes, len(classes))
+    """KMEx from embeddings z [N, D] and labels [N] (section 3.2); ``options``: ``seed`` and ``restarts`` of k-means."""
+
+    def rows_of(index: torch.Tensor) -> DenseRows:
+        return DenseRows(z[index])
+
+    name = f"KMEx, K/C = {prototypes_per_class}"
+    return KMEx(classwise(rows_of, labels, classes, prototypes_per_class, progress=name, **options), len(classes))
 
 
 def accuracies(

@@ -49,11 +49,11 @@ def write(
     """
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another name, or give overwrite=True")
-    pictures = [explained.picture(image) for image in panels]
-    figures = [_figures(explained, picture, target) for picture in pictures]
+    drawn = [_panel(explained, image, target) for image in panels]
     shown = len(explained.classes)
     for size, quality in LEVELS:
-        drawn = [_panel(explained, *each, target, quality) for each in zip(pictures, figures, strict=True)]
+        for panel in drawn:
+            panel["urls"] = {name: data_url(pixels, quality=quality) for name, pixels in panel["figures"].items()}
         classes = [_class(explained, c, size, quality) for c in range(shown)]
         page = _page(explained, title, drawn, classes)
         if len(page.encode()) <= max_bytes:
@@ -65,7 +65,7 @@ def write(
         page = _page(explained, title, drawn, classes[:shown])
     if len(page.encode()) > max_bytes:
         raise ValueError(
-            f"the report's tables and {len(pictures)} panels alone take {bare:,} bytes, more than max_bytes = "
+            f"the report's tables and {len(drawn)} panels alone take {bare:,} bytes, more than max_bytes = "
             f"{max_bytes:,}: choose fewer panels or raise max_bytes"
         )
     save_text(path, page)
@@ -112,22 +112,12 @@ def _class(explained: Explained, c: int, size: int, quality: int) -> dict[str, A
     return {"name": explained.classes[c], "images": explained.sharing(b, of_class[0])[1], "explainers": explainers}
 
 
-def _figures(explained: Explained, picture: Any, target: str) -> dict[str, np.ndarray]:
-    """Figure 1 of an image, drawn: uint8 [H, W, 3] by explainer, from the last block and the shallowest."""
-    drawn = {}
+def _panel(explained: Explained, image: Any, target: str) -> dict[str, Any]:
+    """Figure 1 of an image with the class it speaks of: uint8 [H, W, 3] from the last block and from the shallowest."""
+    picture, names, figures = explained.picture(image), explained.network.classes, {}
     for part in explained.interpretations(picture, (), target):
-        with Image.open(io.BytesIO(png(figure1(picture.rgb, [part]), PANEL_DPI))) as image:
-            drawn[part.name] = np.asarray(image.convert("RGB"))
-    return drawn
-
-
-def _panel(
-    explained: Explained, picture: Any, figures: dict[str, np.ndarray], target: str, quality: int
-) -> dict[str, Any]:
-    seen, names = explained.seen(picture), explained.network.classes
-    return {
-        "name": picture.name,
-        "predicted": names[int(seen.y.argmax())],
-        "target": names[explained.target(target, seen)],
-        "figures": {name: data_url(pixels, quality=quality) for name, pixels in figures.items()},
-    }
+        with Image.open(io.BytesIO(png(figure1(picture.rgb, [part]), PANEL_DPI))) as drawn:
+            figures[part.name] = np.asarray(drawn.convert("RGB"))
+    seen = explained.seen(picture)
+    said = {"predicted": names[int(seen.y.argmax())], "target": names[explained.target(target, seen)]}
+    return {"name": picture.name, **said, "figures": figures}

@@ -1,11 +1,9 @@
 """Gradient-free feature attribution (eq. 11) and its recursion over depths by segment-wise averages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-
-from .explainers import EncoderKMeans
 
 
 def attribution(h: torch.Tensor, c_j: torch.Tensor) -> torch.Tensor:
@@ -33,40 +31,22 @@ def upsample(att: torch.Tensor, size: tuple[int, int], align_corners: bool = Fal
     return F.interpolate(att[:, None], size, mode="bilinear", align_corners=align_corners)[:, 0]
 
 
-def attributions(
-    activations: Sequence[torch.Tensor],
-    c: torch.Tensor,
-    target: torch.Tensor,
-    explainers: Mapping[int, EncoderKMeans],
-    *,
-    start: str = "segments",
-) -> dict[int, torch.Tensor]:
-    """att(b:) for every start block b from the last down to the shallowest explainer; ``start`` as in :func:`carried`.
-
-    From ``activations`` x(1) … x(B), each [N, D_b, H_b, W_b], the classifier's columns ``c`` [C, D], the class j to
-    explain for each image ``target`` [N] (the paper: the predicted one), and the ``explainers`` by start block, without
-    gaps: B234 needs those of 4, 3 and 2.
-    """
-    last, shallowest = len(activations), min(explainers)
-    missing = [b for b in range(shallowest, last + 1) if b not in explainers]
-    if missing:
-        raise ValueError(f"attribution down to block {shallowest} also needs the prototypes from block(s) {missing}")
-    att = attribution(activations[-1], c.to(activations[-1])[target])
-    maps = {b: explainer.sim(explainer.h(activations)) for b, explainer in explainers.items()}
-    return carried(att, maps, explainers[last].normalisation.align_corners, start=start)
-
-
 def carried(
     att: torch.Tensor, maps: Mapping[int, torch.Tensor], align_corners: bool = False, *, start: str = "segments"
 ) -> dict[int, torch.Tensor]:
-    """att(b:) [N, H_b, W_b] by start block, from eq. 11 of the last, [N, H, W], and the maps q_s(b:) [N, H_b, W_b].
+    """att(b:) [N, H_b, W_b] by start block, from the last down to the shallowest of the maps q_s(b:) [N, H_b, W_b].
 
-    att(b:) is the segment-wise mean over q_s(b:) of att(b+1:), upsampled to the grid of q_s(b:). With ``start``
-    ``segments`` att(B:) averages eq. 11 over q_s(B:), too; ``raw`` leaves it as it is (a class activation map).
+    att(b:) is the segment-wise mean over q_s(b:) of att(b+1:), upsampled to the grid of q_s(b:), so the maps have no
+    gap. Before the last block B, ``att`` [N, H, W] is eq. 11; with ``start`` ``segments`` att(B:) averages it over
+    q_s(B:), ``raw`` leaves it as it is (a class activation map).
     """
     if start not in ("segments", "raw"):
         raise ValueError(f"start must be 'segments' or 'raw', got {start!r}")
-    last, by_block = max(maps), {}
+    shallowest, last = min(maps), max(maps)
+    missing = [b for b in range(shallowest, last) if b not in maps]
+    if missing:
+        raise ValueError(f"attribution down to block {shallowest} also needs the prototypes from block(s) {missing}")
+    by_block = {}
     for b in sorted(maps, reverse=True):
         if att.shape != maps[b].shape:
             height, width = maps[b].shape[1:]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from . import products
 from .composite import Normalisation
-from .operator import CompositeChunk, CompositeRows
+from .operator import CompositeRows
 from .prototypes import Prototypes
 
 
@@ -32,7 +32,7 @@ def avg_pool(h: torch.Tensor) -> torch.Tensor:
 
 
 class Explainer(ABC):
-    """Eq. 3. ``activations`` are the network's x(1) … x(B), each [N, D_b, H_b, W_b]."""
+    """Eq. 3, y = proj(sim(h)). ``activations`` are the network's x(1) … x(B), each [N, D_b, H_b, W_b]."""
 
     @abstractmethod
     def h(self, activations: Sequence[torch.Tensor]) -> Any:
@@ -47,7 +47,7 @@ class Explainer(ABC):
         """Prediction scores y, [N, C]."""
 
     def __call__(self, activations: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Y = proj(sim(h)), [N, C]."""
+        """Scores y of the activations, [N, C]."""
         return self.proj(self.sim(self.h(activations)))
 
 
@@ -82,7 +82,7 @@ class KMEx(Explainer):
 
     exp(-d) is 0 from d = 104 on in float32, and the argmax of a row of zeros is the first prototype's. So sim is
     float64, which holds to d = 745, and calling the explainer, :meth:`nearest` and :meth:`predict` use the distances
-    themselves: the argmax of exp(-d) is the argmin of d.
+    themselves: the argmax of exp(-d) is that of -d.
     """
 
     prototypes: Prototypes
@@ -98,9 +98,8 @@ class KMEx(Explainer):
         return torch.exp(-distances.to(products.double_device(distances.device), torch.float64))
 
     def __call__(self, activations: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Y = proj(sim(h)), at any distance, [N, C]."""
-        z = self.h(activations)
-        return F.one_hot(self.predict(z), self.classes).to(z)
+        """Scores y of the activations, [N, C], at any distance."""
+        return self.proj(-self.distances(self.h(activations)))
 
     def nearest(self, z: torch.Tensor) -> torch.Tensor:
         """Index of the closest prototype, [N]."""
@@ -140,7 +139,13 @@ class EncoderKMeans(Explainer):
         """q_s of eq. 9: index of the closest of all K prototypes at every position, [N, H', W']; ties to the lowest."""
         parts = self.prototypes.vectors.to(h.device).split(products.MAP_PROTOTYPES)
         prototypes = [(h.columns(p), p.square().sum(1, keepdim=True) / 2) for p in parts]
-        return torch.cat([_closest(chunk, prototypes) for _, chunk in h.chunks()]).view(h.images, *h.grid)
+        q_s = []
+        for _, chunk in h.chunks():
+            # the closest is where p·q - ||p||²/2 is largest
+            value, index = zip(*(products.largest(chunk.dots(p).sub_(half)) for p, half in prototypes), strict=True)
+            part = torch.stack(value).argmax(0, keepdim=True)
+            q_s.append((torch.stack(index).gather(0, part) + part * products.MAP_PROTOTYPES)[0])
+        return torch.cat(q_s).view(h.images, *h.grid)
 
     def proj(self, similarity: torch.Tensor) -> torch.Tensor:
         """Eq. 10: how often a class's prototypes were chosen, averaged over its window of K/C, [N, C]."""
@@ -153,21 +158,6 @@ class EncoderKMeans(Explainer):
         """The other reading of the prediction: the class of the single most frequent prototype, [N]."""
         labels = self.prototypes.labels.to(similarity.device)
         return labels[torch.mode(similarity.flatten(1), 1).values]
-
-
-def _closest(chunk: CompositeChunk, prototypes: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
-    """Index of the closest prototype to each row, [rows]: where p·q - ||p||²/2 is largest.
-
-    ``prototypes`` come in parts, each by block and with half their squared lengths [K, 1].
-    """
-    best, index = torch.full_like(chunk.squared, -torch.inf), torch.zeros_like(chunk.squared, dtype=torch.int64)
-    start = 0
-    for p, half in prototypes:
-        value, within = products.largest(chunk.dots(p).sub_(half))
-        index = torch.where(value > best, start + within, index)
-        best = torch.maximum(value, best)
-        start += len(half)
-    return index
 
 
 @dataclass(eq=False)
@@ -210,13 +200,7 @@ class ProtoPNet(Explainer):
 
 
 def block_name(start_block: int, blocks: int = 4) -> str:
-    """The paper's name of the explainer from a block on: 4 -> ``B4``, 2 -> ``B234``.
-
-    Raises
-    ------
-    ValueError
-        There is no such block.
-    """
+    """The paper's name of the explainer from a block on: 4 -> ``B4``, 2 -> ``B234``; refuses one that is not there."""
     if not 1 <= start_block <= blocks:
         raise ValueError(f"there is no block {start_block}: start blocks run from 1 to {blocks}")
     return "B" + "".join(map(str, range(start_block, blocks + 1)))

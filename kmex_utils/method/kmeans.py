@@ -7,7 +7,7 @@ implementation serves the dense z (:class:`DenseRows`) and the never-built compo
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,11 +17,9 @@ from . import products
 
 
 class Chunk(Protocol):
-    """Some rows q_r of dimension D."""
+    """Some rows q_r of dimension D, with ``squared`` ||q_r||², [rows]."""
 
-    @property
-    def squared(self) -> torch.Tensor:
-        """||q_r||², [rows]."""
+    squared: torch.Tensor
 
     def dots(self, p: torch.Tensor) -> torch.Tensor:
         """p_k · q_r, [K, rows], for p [K, D]; the caller may write into it."""
@@ -37,11 +35,13 @@ class Rows(Protocol):
     """n points of dimension D, read in chunks; what k-means needs to know of them.
 
     Everything is measured from ``origin`` ([D] or []): rows far from zero and close together keep their distances.
+    Row i R' + r, with R' = ``rows_per_image``, is position r of image i.
     """
 
     dim: int
     device: torch.device
     origin: torch.Tensor
+    rows_per_image: int
 
     def __len__(self) -> int:
         """The number of rows n."""
@@ -51,9 +51,6 @@ class Rows(Protocol):
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """The rows of an index, [n, D], from the origin."""
-
-    def locate(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image and position on its grid of the rows of an index."""
 
 
 class _DenseChunk:
@@ -74,31 +71,29 @@ class _DenseChunk:
 class DenseRows:
     """The rows of a matrix [n, D], one for each image, measured from their mean."""
 
-    def __init__(self, matrix: torch.Tensor, rows_per_chunk: int = 0) -> None:
+    rows_per_image = 1
+
+    def __init__(self, matrix: torch.Tensor) -> None:
         if not torch.isfinite(matrix).all():
             raise ValueError("the embeddings hold NaN or infinite values: check the images and the weights")
         self.dim = matrix.shape[1]
         self.device = matrix.device
-        self.origin = matrix.mean(0) if len(matrix) else matrix.new_zeros(())
+        self.origin = matrix.mean(0)
         self.matrix = matrix - self.origin
-        size = rows_per_chunk or products.rows_per_chunk(self.device)
+        size = products.rows_per_chunk(self.device)
         spans = [slice(start, min(start + size, len(matrix))) for start in range(0, len(matrix), size)]
         self._chunks = [(span, _DenseChunk(self.matrix[span])) for span in spans]
 
     def __len__(self) -> int:
         return len(self.matrix)
 
-    def chunks(self) -> Iterator[tuple[slice, Chunk]]:
+    def chunks(self) -> Iterator[tuple[slice, _DenseChunk]]:
         """One pass over all rows."""
         return iter(self._chunks)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Some rows, [n, D], from the origin."""
         return self.matrix[index]
-
-    def locate(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row i is image i, at its only position."""
-        return index, torch.zeros_like(index)
 
 
 @dataclass(frozen=True)
@@ -130,11 +125,6 @@ def kmeans(
     variance of a coordinate (squared, summed; scikit-learn's rule, so it follows the data's scale; iterations,
     restarts and tolerance are its defaults, too). Ties go to the lowest index. Sums are kept in float64. With
     centroids ``start`` [K, D] there is one restart, from them.
-
-    Raises
-    ------
-    ValueError
-        ``k`` is not between 1 and the number of rows, or there is no restart.
     """
     if not 1 <= k <= len(rows):
         raise ValueError(f"k must be between 1 and the {len(rows)} rows, got {k}")
@@ -144,18 +134,8 @@ def kmeans(
         centroids = _plus_plus(rows, k, restarts, torch.Generator().manual_seed(seed))
     else:
         centroids = start[None].to(rows.device) - rows.origin
-    clusters = _lloyd(rows, centroids, max_iterations, tolerance * _mean_variance(rows))
-    return replace(clusters, centroids=clusters.centroids + rows.origin)
-
-
-def inertia(rows: Rows, centroids: torch.Tensor) -> float:
-    """The sum of squared distances of all rows to the closest of some centroids [K, D]."""
-    return float(_assess(rows, (centroids.to(rows.device) - rows.origin)[None])[0])
-
-
-def _lloyd(rows: Rows, centroids: torch.Tensor, max_iterations: int, threshold: float) -> Clusters:
-    """Lloyd's iterations from centroids [R, K, D] of R restarts, and the restart with the least inertia."""
-    restarts, k, _ = centroids.shape
+    restarts = len(centroids)
+    threshold = tolerance * _mean_variance(rows)
     labels = torch.full((restarts, len(rows)), -1, dtype=products.index_type(k), device=rows.device)  # -1: none yet
     sums = torch.zeros_like(centroids, dtype=torch.float64)  # of each cluster's rows
     sizes = torch.zeros(restarts, k, dtype=torch.float64, device=rows.device)
@@ -179,19 +159,24 @@ def _lloyd(rows: Rows, centroids: torch.Tensor, max_iterations: int, threshold: 
         active = active[changed & (shift > threshold)]
         if not len(active):
             break
-    inertia, counts, nearest = _assess(rows, centroids)
-    best = int(inertia.argmin())
-    return Clusters(centroids[best], counts[best], nearest[best], float(inertia[best]), int(iterations[best]))
+    total, counts, nearest = _assess(rows, centroids)
+    best = int(total.argmin())
+    centroid = centroids[best] + rows.origin
+    return Clusters(centroid, counts[best], nearest[best], float(total[best]), int(iterations[best]))
+
+
+def inertia(rows: Rows, centroids: torch.Tensor) -> float:
+    """The sum of squared distances of all rows to the closest of some centroids [K, D]."""
+    return float(_assess(rows, (centroids.to(rows.device) - rows.origin)[None])[0])
 
 
 def _assign(
     rows: Rows, p: torch.Tensor, labels: torch.Tensor, active: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Give every row to its closest centroid in the active restarts p [R, K, D], all in one product per chunk.
+    """Give every row to its closest centroid in the active restarts p [R, K, D], where p·q - ||p||²/2 is largest.
 
-    Closest is where p·q - ||p||²/2 is largest. A row that changes leaves the sum of its old cluster and enters that of
-    its new one. Returns whether any label of a restart changed [R], what this adds to the clusters' sums [R, K, D] and
-    to their sizes [R, K], both float64.
+    A row that changes leaves the sum of its old cluster and enters that of its new one. Returns whether any label of a
+    restart changed [R], what this adds to the clusters' sums [R, K, D] and to their sizes [R, K], both float64.
     """
     restarts, k, dim = p.shape
     flat = p.flatten(0, 1)
@@ -225,18 +210,12 @@ def _assign(
 
 
 def _reseed(rows: Rows, p: torch.Tensor, filled: torch.Tensor) -> None:
-    """Move the empty clusters of p [R, K, D] to the rows farthest from their own centroid.
-
-    ``filled`` [R, K] says which clusters have rows.
-    """
+    """Move the clusters of p [R, K, D] that are not ``filled`` [R, K] to the rows farthest from their own centroid."""
     restarts, k, _ = p.shape
-    value = torch.full((restarts, k), -torch.inf, device=p.device)
-    index = torch.zeros((restarts, k), dtype=torch.int64, device=p.device)
+    closest = torch.empty(restarts, len(rows), device=p.device)
     for span, distance in _squared_distances(rows, p.flatten(0, 1)):
-        closest = distance.view(restarts, k, -1).amin(1)
-        farthest, position = closest.topk(min(k, closest.shape[1]), 1)
-        value, order = torch.cat([value, farthest], 1).topk(k, 1)
-        index = torch.cat([index, position + span.start], 1).gather(1, order)
+        closest[:, span] = distance.view(restarts, k, -1).amin(1)
+    value, index = closest.topk(k, 1)
     for restart, cluster in (~filled).nonzero().tolist():
         rank = int((~filled[restart, :cluster]).sum())
         if value[restart, rank] > 0:
@@ -309,7 +288,7 @@ def _assess(rows: Rows, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def _mean_variance(rows: Rows) -> float:
-    """The variance of a coordinate, averaged over coordinates."""
+    """Of a coordinate, averaged over coordinates."""
     total = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
     squared = 0.0
     for _, chunk in rows.chunks():

@@ -14,15 +14,9 @@ def cosine_alignment(
 ) -> tuple[float, float]:
     """Table 1: mean cosine of each class's prototypes with the embeddings of the class and with all others.
 
-    Both means are taken per class, then averaged over classes. A mean of cosines is the dot product of two mean
-    unit vectors, so with ``pairs="all"`` no N x K matrix is formed.
-
     Embeddings ``z`` are [N, D], ``prototypes`` [K, D]. ``pairs`` are ``all`` of a prototype and an embedding, or
-    ``nearest``: each embedding with the class's prototype closest to it in Euclidean distance.
-
-    Returns
-    -------
-    (class, out)
+    ``nearest``: each embedding with the class's prototype closest to it in Euclidean distance. Both means are taken
+    per class, then averaged over classes; a mean of cosines is the dot product of two mean unit vectors.
     """
     if pairs not in ("all", "nearest"):
         raise ValueError(f"pairs must be 'all' or 'nearest', got {pairs!r}")
@@ -33,9 +27,8 @@ def cosine_alignment(
     for j in prototype_labels.unique().tolist():
         member = labels == j
         if not member.any() or member.all():
-            raise ValueError(
-                f"class {j} needs embeddings inside and outside it, found {int(member.sum())} of {len(member)}"
-            )
+            found = f"{int(member.sum())} of {len(member)}"
+            raise ValueError(f"class {j} needs embeddings inside and outside it, found {found}")
         p = prototypes[prototype_labels == j]
         if pairs == "all":
             mean_p = F.normalize(p, dim=1).mean(0)

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ..store import load_tensors, save_tensors
 from .kmeans import Rows, kmeans
 
 _SEEDS_APART = 7919  # between two classes of a run: runs of seeds 0, 1, 2 … share no class's random draws
@@ -32,18 +30,6 @@ class Prototypes:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def save(self, path: Path, settings: dict[str, Any]) -> None:
-        """To one safetensors file with its settings."""
-        save_tensors(path, {field.name: getattr(self, field.name) for field in fields(self)}, settings)
-
-    @classmethod
-    def load(cls, path: Path) -> tuple["Prototypes", dict[str, Any]]:
-        """Prototypes and settings from :meth:`save`."""
-        tensors, settings = load_tensors(path)
-        if set(tensors) != {field.name for field in fields(cls)}:
-            raise ValueError(f"{path} does not hold prototypes (found {', '.join(sorted(tensors))})")
-        return cls(**tensors), settings
-
 
 def classwise(
     rows_of: Callable[[torch.Tensor], Rows],
@@ -59,11 +45,7 @@ def classwise(
 
     ``rows_of`` gives the rows of some images (an index [n] into the training split), whole images in that order;
     ``labels`` [N] are the training images' classes, ``options`` those of :func:`~kmex_utils.method.kmeans.kmeans`.
-
-    Raises
-    ------
-    ValueError
-        Before any clustering, when a class has fewer rows than ``prototypes_per_class``.
+    A class with fewer rows than ``prototypes_per_class`` is refused before any clustering.
     """
     members = [torch.nonzero(labels == c).flatten() for c in range(len(classes))]
     check_enough(members, classes, prototypes_per_class, rows_of)
@@ -71,14 +53,14 @@ def classwise(
     for c, index in enumerate(tqdm(members, progress, leave=False)):
         rows = rows_of(index)
         clusters = kmeans(rows, prototypes_per_class, seed=seed + _SEEDS_APART * c, **options)
-        image, position = rows.locate(clusters.nearest)
+        nearest = clusters.nearest.cpu()
         parts.append(
             Prototypes(
                 vectors=clusters.centroids.cpu(),
                 labels=torch.full((prototypes_per_class,), c),
                 sizes=clusters.sizes.cpu(),
-                image=index[image.cpu()],
-                position=position.cpu(),
+                image=index[nearest // rows.rows_per_image],
+                position=nearest % rows.rows_per_image,
                 inertia=torch.tensor([clusters.inertia], dtype=torch.float64),
             )
         )

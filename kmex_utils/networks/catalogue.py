@@ -12,24 +12,24 @@ import torch
 from torch import nn
 
 from ..data import Input
-from .checkpoints import State, load_into, reason
+from .checkpoints import State, fingerprint, load_into, reason
 from .watch import Watched
 
 _WITH_AUXILIARY = ("googlenet", "inception_v3")  # heads that serve training only: ours have none
-_NO_ARCHITECTURE = {"device", "dtype"}  # constructors take these, too
+_NO_ARCHITECTURE = {"aux_logits", "device", "dtype", "init_weights"}  # constructors take these, too
 
 
 class Built(NamedTuple):
-    """A network by name, and what its library's weights were trained with; classes are known with these alone.
+    """A network and what is known of it: of one by name what its library's weights were trained with.
 
     ``reference`` says how to build it again: ``arch``, ``arch_args`` and ``weights``, the fingerprint of the library's
-    weights where the network is to be explained with them.
+    if they were taken; None: it has no name in a library.
     """
 
     module: nn.Module
-    reference: dict[str, Any]
+    reference: dict[str, Any] | None
     input: Input
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
 
 
 def is_timm(arch: str) -> bool:
@@ -45,12 +45,16 @@ def is_torchvision(arch: str) -> bool:
 
 
 def build(
-    arch: str, weights: str = "random", arch_args: Mapping[str, Any] | None = None, *, to_train: bool = False
+    arch: str,
+    arch_args: Mapping[str, Any] | None = None,
+    *,
+    imagenet: bool = False,
+    transform_input: bool = True,
 ) -> Built:
     """A network of torchvision, or ``timm/<name>``; initial weights are drawn from PyTorch's random state.
 
-    ``weights`` are ``imagenet``, ``random``, or anything else: a file's, loaded by the caller. ``arch_args`` are of the
-    network's class, plain data. ``to_train``: googlenet and inception_v3 do not transform what enters. One line of
+    ``arch_args`` are of the network's class, plain data. ``imagenet``: with the library's weights and class names.
+    ``transform_input``: googlenet and inception_v3 take ImageNet's normalisation and make their own of it. One line of
     ValueError, ConnectionError or ImportError says which name or argument is unknown, or which weights cannot be had.
     """
     try:
@@ -59,41 +63,33 @@ def build(
         raise ValueError(f"arch_args must be plain data: {reason(error)}") from None
     if not isinstance(arguments, dict):
         raise ValueError(f"arch_args must be names and values, as {{'layers': [2, 2, 2, 3]}}, got {arch_args!r}")
-    if is_timm(arch):
-        return _timm(arch, weights == "imagenet", arguments)
-    return _torchvision(arch, weights == "imagenet", arguments, weights != "random" and not to_train)
+    if arch in _WITH_AUXILIARY:
+        arguments = {"transform_input": transform_input, **arguments}
+    module, taken, classes = (_timm if is_timm(arch) else _torchvision)(arch, arguments, imagenet)
+    weights = fingerprint(module.state_dict()) if imagenet else ""
+    reference = {"arch": arch, "arch_args": arguments, "weights": weights}
+    return Built(module, reference, taken, tuple(classes) if imagenet else ())
 
 
-def _torchvision(arch: str, imagenet: bool, arguments: dict[str, Any], transform_input: bool) -> Built:
+def _torchvision(arch: str, arguments: dict[str, Any], imagenet: bool) -> tuple[nn.Module, Input, list[str]]:
     from torchvision import models
 
     if not is_torchvision(arch):
         known = models.list_models(module=models)
-        close = get_close_matches(arch, known, n=4) or known[:4]
-        raise ValueError(
-            f"torchvision has no model {arch!r}; the nearest: {', '.join(close)}. For timm's give timm/<name>, for a "
-            "saved network its folder"
-        )
-    fixed: dict[str, Any] = {}
-    if arch in _WITH_AUXILIARY:
-        fixed = {"init_weights": False, "aux_logits": False}  # their own initialisation is slow
-        arguments = {"transform_input": transform_input, **arguments}
-    constructor = partial(models.get_model, arch, weights=None, **fixed)
-    _check(arch, constructor, arguments, frozenset(fixed))
-    try:
-        module = constructor(**arguments)
-    except Exception as error:  # whatever a constructor makes of values it does not expect
-        raise ValueError(f"{arch} cannot be made with arch_args {arguments}: {reason(error)}") from None
+        nearest = ", ".join(get_close_matches(arch, known, n=4) or known[:4])
+        advice = "For timm's give timm/<name>, for a saved network its folder"
+        raise ValueError(f"torchvision has no model {arch!r}; the nearest: {nearest}. {advice}")
+    # the initialisation of their own is slow
+    fixed = {"init_weights": False, "aux_logits": False} if arch in _WITH_AUXILIARY else {}
+    module = _made(arch, partial(models.get_model, arch, weights=None, **fixed), arguments, {})
     entry = weights_entry(arch)
     if imagenet:
         load_into(module, imagenet_weights(arch), arch, entry.url)
     transform = entry.transforms()
-    taken = Input(transform.crop_size[0], transform.mean, transform.std, "crop")
-    classes = tuple(entry.meta["categories"]) if imagenet else ()
-    return Built(module, {"arch": arch, "arch_args": arguments, "weights": ""}, taken, classes)
+    return module, Input(transform.crop_size[0], transform.mean, transform.std, "crop"), entry.meta["categories"]
 
 
-def _timm(arch: str, imagenet: bool, arguments: dict[str, Any]) -> Built:
+def _timm(arch: str, arguments: dict[str, Any], imagenet: bool) -> tuple[nn.Module, Input, list[str]]:
     try:
         import timm
         from timm.data.config import resolve_model_data_config
@@ -104,36 +100,32 @@ def _timm(arch: str, imagenet: bool, arguments: dict[str, Any]) -> Built:
     if not timm.is_model(name):
         close = get_close_matches(name.split(".")[0], timm.list_models(), n=4)
         raise ValueError(f"timm has no model {name!r}; the nearest: {', '.join(close) or 'none'}")
-    _check(arch, partial(timm.create_model, name), arguments)
-    try:
-        module = timm.create_model(name, pretrained=imagenet, **arguments)
-    except Exception as error:  # the hub's many kinds of "no network", or as in _torchvision
-        if imagenet:
-            raise ConnectionError(
-                f"timm cannot load {name!r} ({reason(error)}); give weights, a file, instead"
-            ) from None
-        raise ValueError(f"{arch} cannot be made with arch_args {arguments}: {reason(error)}") from None
+    module = _made(arch, partial(timm.create_model, name), arguments, {"pretrained": True} if imagenet else {})
     config = resolve_model_data_config(module)
-    taken = Input(config["input_size"][-1], config["mean"], config["std"], "crop")
-    subset = infer_imagenet_subset(module) if imagenet else None  # which classes, in the network's order
+    subset = infer_imagenet_subset(module)  # which classes, in the network's order
     info = ImageNetInfo(subset) if subset else None
-    classes = tuple(info.index_to_description(i) for i in range(info.num_classes())) if info else ()
-    return Built(module, {"arch": arch, "arch_args": arguments, "weights": ""}, taken, classes)
+    classes = [info.index_to_description(i) for i in range(info.num_classes())] if info else []
+    return module, Input(config["input_size"][-1], config["mean"], config["std"], "crop"), classes
 
 
-def _check(
-    arch: str, make: Callable[[], nn.Module], arguments: dict[str, Any], fixed: frozenset[str] = frozenset()
-) -> None:
-    """Let arguments of the network's class pass, and no others: those of the library's own load, fetch or wrap."""
-    if not arguments:
-        return
-    with torch.random.fork_rng(devices=[]):
-        parameters = inspect.signature(type(make())).parameters.values()
-    plain = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    known = sorted(plain - _NO_ARCHITECTURE - fixed)
-    unknown = [name for name in arguments if name not in known]
-    if unknown:
-        raise ValueError(f"{arch} takes no {unknown[0]!r} in arch_args, but any of {', '.join(known)}")
+def _made(
+    arch: str, make: Callable[..., nn.Module], arguments: dict[str, Any], download: Mapping[str, bool]
+) -> nn.Module:
+    """Made with arguments of the network's class, and no others: those of the library's own load, fetch or wrap."""
+    if arguments:
+        with torch.random.fork_rng(devices=[]):
+            parameters = inspect.signature(type(make())).parameters.values()
+        plain = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - _NO_ARCHITECTURE
+        for name in arguments:
+            if name not in plain:
+                raise ValueError(f"{arch} takes no {name!r} in arch_args, but any of {', '.join(sorted(plain))}")
+    try:
+        return make(**arguments, **download)
+    except Exception as error:  # of values a constructor does not expect, or the hub's many kinds of "no network"
+        if download:
+            message = f"timm cannot load {arch[len('timm/') :]!r} ({reason(error)}); give weights, a file, instead"
+            raise ConnectionError(message) from None
+        raise ValueError(f"{arch} cannot be made with arch_args {arguments}: {reason(error)}") from None
 
 
 def weights_entry(arch: str) -> Any:
@@ -150,10 +142,8 @@ def imagenet_weights(arch: str) -> State:
     try:
         return entry.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
     except OSError as error:
-        raise ConnectionError(
-            f"ImageNet weights of {arch} cannot be downloaded ({error}); put {entry.url} at {file}, "
-            "or train from scratch with weights='scratch'"
-        ) from None
+        instead = f"put {entry.url} at {file}, or train from scratch with weights='scratch'"
+        raise ConnectionError(f"ImageNet weights of {arch} cannot be downloaded ({error}); {instead}") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise ValueError(f"{file} is damaged ({reason(error)}); delete it and run again") from None
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
@@ -30,17 +31,12 @@ def read_state(path: str | Path) -> State:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: weights is 'imagenet', 'random' or a file with a state dict")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load and safetensors raise many kinds
         if "Unsupported global" in str(error):
-            raise ValueError(
-                f"{path} holds pickled objects, which may run code: save model.state_dict() alone"
-            ) from None
+            message = f"{path} holds pickled objects, which may run code: save model.state_dict() alone"
+            raise ValueError(message) from None
         raise ValueError(f"{path} is not a readable state dict ({reason(error)})") from None
     for wrapping in _WRAPPINGS:
         if isinstance(state, dict) and isinstance(state.get(wrapping), dict):
@@ -64,11 +60,8 @@ def fit_head(module: nn.Module, state: State, head: str, classes: Sequence[str],
         return
     if classes and len(classes) != len(weight):
         raise ValueError(f"{len(classes)} class names, but the head {head!r} in {path} has {len(weight)} outputs")
-    bias = f"{head}.bias" in state
-    if weight.shape[1] == linear.in_features and (weight.shape[0], bias) != (
-        linear.out_features,
-        linear.bias is not None,
-    ):
+    bias, shape = f"{head}.bias" in state, (linear.out_features, linear.in_features)
+    if weight.shape[1] == linear.in_features and (weight.shape != shape or bias != (linear.bias is not None)):
         module.set_submodule(head, nn.Linear(linear.in_features, len(weight), bias=bias))
 
 
@@ -79,16 +72,13 @@ def load_into(module: nn.Module, state: State, name: str, path: str | Path, with
     """
     expected = module.state_dict()
     shapes = [key for key in state if key in expected and state[key].shape != expected[key].shape]
-    missing = [key for key in expected if key not in state and not key.endswith(_COUNTER)]
-    if without:
-        missing = [key for key in missing if not key.startswith(f"{without}.")]
-    unknown = [key for key in state if key not in expected and not key.endswith(_COUNTER)]
-    unknown = [key for key in unknown if not key.startswith(_AUXILIARY)]
+    missing = [key for key in expected if key not in state and not (without and key.startswith(f"{without}."))]
+    unknown = [key for key in state if key not in expected and not key.startswith(_AUXILIARY)]
     differences = [f"{key} is {list(state[key].shape)}, not {list(expected[key].shape)}" for key in shapes[:1]]
     if len(shapes) > 1:
         differences.append(f"{len(shapes) - 1} more of another shape")
     for kind, keys in (("missing", missing), ("unknown", unknown)):
-        if keys:
+        if keys := [key for key in keys if not key.endswith(_COUNTER)]:
             differences.append(f"{len(keys)} {kind} ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''})")
     if differences:
         raise ValueError(f"the weights in {path} do not fit {name}: {', '.join(differences)}")

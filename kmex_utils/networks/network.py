@@ -8,7 +8,7 @@ stays as it is, trained or explained, and its block outputs are read while it ru
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..data.dataset import IMAGENET_MEAN, IMAGENET_STD
 from ..hardware import exact
 from ..method.explainers import CNNAsSEM
 from ..store import load_json, load_tensors, save_json, save_tensors
-from .catalogue import build, is_timm, is_torchvision
+from .catalogue import Built, build, is_timm, is_torchvision
 from .checkpoints import fingerprint, fit_head, load_into, read_state, reason
 from .watch import H, Pools, Tap, Watched, noise
 
@@ -63,12 +63,6 @@ class Network(nn.Module):
         What keeps y from being a linear function of avg.pool(h), in words; empty: nothing does.
     named, assumed
         Whether the names of the outputs are known; which of ``image_size``, ``mean`` and ``std`` nobody said.
-
-    Raises
-    ------
-    ValueError
-        One line: a head that is not linear, no average pool, an unknown block, a wrong number of class names, weights
-        that are not float32.
     """
 
     def __init__(
@@ -95,7 +89,8 @@ class Network(nn.Module):
         self._pool = watched.pool(self.head)
         named, last = watched.blocks(blocks, self._pool), watched.returning_h(self._pool)
         self.blocks = (*named, watched.encoder(self._pool))
-        self._taps: list[Tap | None] = [*(call.tap for call in named.values()), last.tap if last else None]
+        before = [call.tap for call in named.values()]
+        self._taps = [*before, last.tap if last else None, watched.last(self.head).tap]  # of x(1) …, h, y
         self._changed: set[int] = set()  # blocks whose output a later layer changes in place
         self.between = watched.between(self._pool, self.head)
         c = self.classifier.out_features
@@ -103,7 +98,9 @@ class Network(nn.Module):
             raise ValueError(f"{len(classes)} class names, but the head {self.head!r} of {self.name} has {c} outputs")
         self.named = bool(classes)
         self.assumed: tuple[str, ...] = ()
-        self.classes = _told_apart(classes) or tuple(map(str, range(c)))
+        often = Counter(classes)
+        told_apart = [f"{name} ({j})" if often[name] > 1 else name for j, name in enumerate(classes)]
+        self.classes = tuple(told_apart or map(str, range(c)))
 
     @property
     def classifier(self) -> nn.Linear:
@@ -129,30 +126,30 @@ class Network(nn.Module):
 
     def outputs(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """x(1) … x(B), each [N, D_b, H_b, W_b], and the prediction y [N, C] of one pass."""
-        return self._pass(x, 0)
+        *activations, y = self._pass(x, 0)
+        return activations, y
 
     def activations(self, x: Tensor) -> list[Tensor]:
         """x(1) … x(B), each [N, D_b, H_b, W_b]; the last is h."""
-        return self._pass(x, 0)[0]
+        return self.outputs(x)[0]
 
     def encode(self, x: Tensor) -> Tensor:
         """h, [N, D, H, W], in training mode as in evaluation."""
-        return self._pass(x, len(self.blocks) - 1)[0][0]
+        return self._pass(x, len(self.blocks) - 1)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """The prediction y, [N, C]."""
-        return self._pass(x, len(self.blocks))[1]
+        return self._pass(x, len(self.blocks))[0]
 
-    def _pass(self, x: Tensor, first: int) -> tuple[list[Tensor], Tensor]:
-        """The outputs of the blocks from index ``first`` on, and y, of one pass of the module as it is.
+    def _pass(self, x: Tensor, first: int) -> list[Tensor]:
+        """What is read at the taps from index ``first`` on, in one pass of the module as it is.
 
-        h is what its tensor holds in the end. The others are wanted as they were returned: where a later layer changed
-        one in place, the pass is made again with a copy of it, and every later pass copies it.
+        h is what its tensor holds in the end. The blocks before it are wanted as they were returned: where a later
+        layer changed one in place, the pass is made again with a copy of it, and every later pass copies it.
         """
         read: dict[int, Tensor] = {}
         versions: dict[int, int] = {}
-        y: list[Tensor] = []
-        h = len(self._taps) - 1
+        h = len(self.blocks) - 1
 
         def reading(block: int, tap: Tap) -> Callable[[nn.Module, Any, Tensor], None]:
             calls = count()
@@ -167,9 +164,6 @@ class Network(nn.Module):
 
             return hook
 
-        def read_y(module: nn.Module, args: Any, output: Tensor) -> None:
-            y.append(output)
-
         with ExitStack() as stack:
             for block, tap in enumerate(self._taps[first:], first):
                 if tap is None:  # only h: a function makes it
@@ -177,7 +171,6 @@ class Network(nn.Module):
                 else:
                     part = self.module.get_submodule(tap.name)
                     stack.callback(part.register_forward_hook(reading(block, tap)).remove)
-            stack.callback(self.classifier.register_forward_hook(read_y).remove)
             self.module(x)
         if first <= h and self._taps[h] is None:
             read[h] = pools.inputs[self._pool.call]
@@ -185,7 +178,7 @@ class Network(nn.Module):
         if changed:
             self._changed |= changed
             return self._pass(x, first)
-        return [read[block] for block in range(first, h + 1)], y[-1]
+        return [read[block] for block in range(first, len(self._taps))]
 
     def output(self, name: str | int) -> int:
         """Index of the output with this name or index; a ValueError that lists the nearest names if there is none."""
@@ -237,11 +230,6 @@ class Network(nn.Module):
         return y[:, :SCORES].tolist()
 
 
-def _told_apart(classes: Sequence[str]) -> tuple[str, ...]:
-    counts = Counter(classes)
-    return tuple(f"{name} ({j})" if counts[name] > 1 else name for j, name in enumerate(classes))
-
-
 @torch.no_grad()
 def theorem1_residual(network: Network, x: Tensor) -> float:
     """The largest difference of both sides of eq. 5, relative to the largest score of clf(avg.pool(enc(x))).
@@ -290,48 +278,45 @@ def network(
     seed
         Of random weights.
 
-    Raises
-    ------
-    ValueError, FileNotFoundError, ConnectionError, ImportError
-        One line that says what to change.
+    What cannot be had or does not fit is one line of ValueError, FileNotFoundError, ConnectionError or ImportError.
     """
     given: dict[str, Any] = {"image_size": image_size, "mean": tuple(mean), "std": tuple(std), "fit": fit}
-    names, weights, name, taken = _class_names(classes), str(weights), "", IMAGENET
+    names, weights, name = _class_names(classes), str(weights), ""
     assumed: tuple[str, ...] = ("image_size", "mean", "std")
-    reference: dict[str, Any] | None = None
     if isinstance(model, nn.Module):
-        module = model
         if weights in NO_FILES or arch_args:
             what = "arch_args" if arch_args else f"weights={weights!r}"
             raise ValueError(f"{what} goes with a model's name; your module comes with its own")
+        made = Built(model, None, IMAGENET)
         if weights:
-            load_into(module, read_state(weights), type(module).__name__, weights)
+            load_into(model, read_state(weights), type(model).__name__, weights)
     elif folder := _saved_at(model):
         if weights or arch_args:
             raise ValueError(f"weights and arch_args go with a model's name; the network in {folder} has its own")
         saved = load(folder)
-        module, taken, name, reference, assumed = saved.module, saved.input, saved.name, saved.reference, saved.assumed
-        blocks, head = blocks or (*saved.blocks[:-1], H), head or saved.head
-        names = names or (saved.classes if saved.named else ())
+        made = Built(saved.module, saved.reference, saved.input, saved.classes if saved.named else ())
+        name, assumed, blocks, head = saved.name, saved.assumed, blocks or (*saved.blocks[:-1], H), head or saved.head
     else:
         name, weights = str(model), weights or "imagenet"
-        file = weights not in NO_FILES
-        state = read_state(weights) if file else {}
+        state = {} if weights in NO_FILES else read_state(weights)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module, reference, taken, known = build(name, "random" if weights == "scratch" else weights, arch_args)
-        if file:
-            size = image_size or taken.image_size
-            fit_head(module, state, head or Watched(module.eval(), size, name).head(""), names, weights)
-            load_into(module, state, name, weights)
-        assumed, names = assumed if file else (), names or known
-        if weights == "imagenet":
-            reference["weights"] = fingerprint(module.state_dict())
-        module.to(memory_format=torch.channels_last)
-    taken = Input(**{key: value or getattr(taken, key) for key, value in given.items()})
-    made = Network(module, blocks=blocks, head=head, classes=names, input=taken, name=name, reference=reference)
-    made.assumed = tuple(key for key in assumed if not given[key])
-    return made
+            transformed = bool(state) or weights == "imagenet"
+            made = build(name, arch_args, imagenet=weights == "imagenet", transform_input=transformed)
+        if state:
+            watched = Watched(made.module.eval(), image_size or made.input.image_size, name)
+            fit_head(made.module, state, head or watched.head(""), names, weights)
+            load_into(made.module, state, name, weights)
+        else:
+            assumed = ()
+        made.module.to(memory_format=torch.channels_last)
+    input = replace(made.input, **{key: value for key, value in given.items() if value})
+    names = names or made.classes
+    network = Network(
+        made.module, blocks=blocks, head=head, classes=names, input=input, name=name, reference=made.reference
+    )
+    network.assumed = tuple(key for key in assumed if not given[key])
+    return network
 
 
 def _class_names(classes: Sequence[str] | str | Path) -> tuple[str, ...]:
@@ -365,42 +350,30 @@ def for_training(
 ) -> Network:
     """A network by name with a fresh head, frozen like any: ``.train().requires_grad_(True)`` makes it trainable.
 
-    Parameters
-    ----------
-    weights
-        ``imagenet`` (the library's, downloaded on first use), ``scratch``, or a file with a state dict by the library's
-        names, as another training left it: its head is taken too where the shapes agree.
-    seed, bias
-        Of the random initialisation, which leaves the caller's random state; whether the head has one (eq. 2 has none).
-
-    Raises
-    ------
-    ValueError, FileNotFoundError, ConnectionError, ImportError
-        One line: an unknown name or argument, weights that do not fit or cannot be had, a network whose head is not
-        average pool and one linear layer.
+    ``weights`` are as in :func:`network`, ``scratch`` for random ones; of a file, as another training left it, the head
+    is taken too where the shapes agree. ``seed`` is that of the random initialisation, which leaves the caller's random
+    state. Eq. 2 has no ``bias``.
     """
-    file = weights not in NO_FILES
-    state = read_state(paths.resolve(weights)) if file else {}
+    state = {} if weights in NO_FILES else read_state(paths.resolve(weights))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        library = "imagenet" if weights == "imagenet" else "random"
-        module, reference, taken, _ = build(arch, library, arch_args, to_train=True)
-        # blocks as they are at the library's size, where resolutions are far apart
-        made = Network(module, input=taken, name=arch, reference=reference)
-        if made.between:
-            raise ValueError(f"{arch} is not of the paper's form (eq. 1, 2): {made.between}")
-        head = nn.Linear(made.classifier.in_features, len(classes), bias=bias)
-    module.set_submodule(made.head, head)
-    if file:
-        shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] == made.head}
-        if shapes != {f"{made.head}.{key}": value.shape for key, value in head.state_dict().items()}:
+        made = build(arch, arch_args, imagenet=weights == "imagenet", transform_input=False)
+        whole = Network(made.module, input=made.input, name=arch)
+        if whole.between:
+            raise ValueError(f"{arch} is not of the paper's form (eq. 1, 2): {whole.between}")
+        head = nn.Linear(whole.classifier.in_features, len(classes), bias=bias)
+    made.module.set_submodule(whole.head, head)
+    if state:
+        shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] == whole.head}
+        if shapes != {f"{whole.head}.{key}": value.shape for key, value in head.state_dict().items()}:
             state = {key: value for key, value in state.items() if key not in shapes}
-        load_into(module, state, arch, weights, without=made.head)
-    made.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    if input.image_size != taken.image_size:
-        Watched(module, input.image_size, arch)  # refuses a size at which it does not run
-    made.classes, made.named, made.input = _told_apart(classes), True, input
-    return made
+        load_into(made.module, state, arch, weights, without=whole.head)
+    made.module.to(memory_format=torch.channels_last)
+    # blocks as they are at the library's size, where resolutions are far apart
+    blocks, where = (*whole.blocks[:-1], H), whole.head
+    return Network(
+        made.module, blocks=blocks, head=where, classes=classes, input=input, name=arch, reference=made.reference
+    )
 
 
 # --- from a folder ------------------------------------------------------------------------------------------------
@@ -409,21 +382,17 @@ def for_training(
 def load(folder: str | Path, module: nn.Module | None = None) -> Network:
     """The network that :meth:`Network.save` wrote, frozen; checked by the fingerprint of its weights and by its scores.
 
-    ``module`` is your own, where it is not one of torchvision or timm.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError, ConnectionError
-        One line: nothing saved there, a damaged file, weights that are not finite, a module with other ones or scores.
+    ``module`` is your own, where it is not one of torchvision or timm. What is missing, damaged or differs is one line
+    of FileNotFoundError, ValueError or ConnectionError.
     """
     folder = Path(folder).expanduser()
     path = folder / SETTINGS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no saved network: give the folder of a run or of a saved explanation")
-    saved, ours = load_json(path), module is None
+    saved = load_json(path)
+    ours = module is None
     try:
-        if module is None:
-            module = _made_again(folder, saved)
+        module = _made_again(folder, saved) if module is None else module
         how = {name: saved[name] for name in ("head", "classes", "name", "reference")}
         network = Network(module, blocks=[*saved["blocks"][:-1], H], input=Input(**saved["input"]), **how)
         network.named, network.assumed = bool(saved["named"]), tuple(saved["assumed"])
@@ -432,14 +401,13 @@ def load(folder: str | Path, module: nn.Module | None = None) -> Network:
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is not of a saved network ({reason(error)}): save it again") from None
     if not same_weights:
-        whose = f"of {saved['name']}" if ours else "of your module"
-        raise ValueError(f"the weights {whose} are not those that {path} was saved with")
+        whose = network.name if ours else "your module"
+        raise ValueError(f"the weights of {whose} are not those that {path} was saved with")
     scores = torch.tensor(network._scores())
     tolerance = SCORES_DIFFER * float(scores.abs().max())
     if scores.shape != expected.shape or not torch.allclose(scores, expected, 0, tolerance, equal_nan=True):
-        raise ValueError(
-            f"{network.name} has the weights saved in {folder} but gives other scores: its forward differs"
-        )
+        what = f"{network.name} has the weights saved in {folder} but gives other scores"
+        raise ValueError(f"{what}: its forward differs")
     return network
 
 
@@ -448,10 +416,10 @@ def _made_again(folder: Path, saved: dict[str, Any]) -> nn.Module:
     reference = saved["reference"]
     if reference is None:
         raise ValueError(f"{saved['name']} in {folder} is a module of your own: give it, as load(folder, module)")
-    library = "imagenet" if reference["weights"] == saved["fingerprint"] else ""
+    imagenet = reference["weights"] == saved["fingerprint"]
     with torch.random.fork_rng(devices=[]):
-        module = build(reference["arch"], library, reference["arch_args"]).module
-        if not library:
+        module = build(reference["arch"], reference["arch_args"], imagenet=imagenet).module
+        if not imagenet:
             state, _ = load_tensors(folder / WEIGHTS)
             fit_head(module, state, saved["head"], (), folder / WEIGHTS)
             fix = ": train again with a lower learning_rate"

@@ -49,11 +49,9 @@ def configuration(path: Path) -> dict[str, Any]:
 
 def run(config: Path, runs: Path, figures: Path, options: list[str]) -> int:
     """Run the Snakefile, alone in ``runs``; continues what a killed run left. ``options`` are Snakemake's."""
-    try:
-        from filelock import FileLock, Timeout
-        from snakemake.cli import main as snakemake
-    except ImportError:
-        raise ImportError("running the notebooks needs Snakemake and more: pip install -e '.[batch]'") from None
+    from filelock import FileLock, Timeout
+    from snakemake.cli import main as snakemake
+
     datasets = configuration(config)["datasets"]
     tables = {name: [figures / name / f"table{i}.csv" for i in (1, 2)] for name in datasets}
     before = {path: path.read_bytes() for pair in tables.values() for path in pair if path.is_file()}
@@ -74,8 +72,9 @@ def run(config: Path, runs: Path, figures: Path, options: list[str]) -> int:
     always = ["--snakefile", str(paths.ROOT / "Snakefile"), "--configfile", str(config)]
     always += ["--config", f"runs={_short(runs)}", f"figures={_short(figures)}", "--directory", str(paths.ROOT)]
     always += ["--nolock", "--rerun-incomplete", "--quiet", "host"]
-    if not dry:
-        logging.disable(logging.INFO)  # the Snakefile's rules say when a notebook starts and ends
+    if not dry:  # the Snakefile's rules say when a notebook starts and ends
+        always += ["rules", "progress"]
+        logging.disable(logging.INFO)
     with lock:
         try:
             snakemake([*options, *always])

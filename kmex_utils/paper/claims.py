@@ -1,7 +1,7 @@
 """What the paper finds, as numbers with a criterion each, and what counts as different from its tables."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,92 +34,70 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-@dataclass(frozen=True)
-class Relation:
+CRITERIA: dict[str, Callable[[float], bool]] = {
+    "within 1": lambda d: abs(d) <= 1,
+    "at least -4": lambda d: d >= -4,
+    "below 0: its sign": lambda d: d < 0,
+    "above 0": lambda d: d > 0,
+    "at most 0": lambda d: d <= 0,
+    "at most 0.1": lambda d: d <= 0.1,
+    "within 0.1": lambda d: abs(d) <= 0.1,
+    "within 0.15": lambda d: abs(d) <= 0.15,
+}
+
+
+class Relation(NamedTuple):
     """A finding of the paper as a number and what it must satisfy: the first of ``terms``, less the second if any."""
 
     claim: str
     measure: str
-    terms: tuple[Key, ...]
     criterion: str
-    holds: Callable[[float], bool]
+    terms: tuple[Key, ...]
 
     def value(self, numbers: Mapping[Key, float]) -> float:
         """The number; KeyError where a term is not there."""
         first, *second = (numbers[term] for term in self.terms)
         return first - sum(second)
 
+    def holds(self, value: float) -> bool:
+        """Whether the number satisfies the criterion."""
+        return CRITERIA[self.criterion](value)
+
 
 def relations(prototypes_per_class: int) -> list[Relation]:
     """The paper's findings, for a data set's K/C."""
-    cnn, b4, b234, protopnet = ((model, "accuracy", "test") for model in ("CNN", "B4", "B234", "ProtoPNet"))
-    kmex = (f"KMEx (K/C={prototypes_per_class})", "accuracy", "test")
+    models = ("CNN", f"KMEx (K/C={prototypes_per_class})", "B4", "B234", "ProtoPNet")
+    cnn, kmex, b4, b234, protopnet = ((model, "accuracy", "test") for model in models)
     own, others, columns = (("CNN", f"cos_{what}", "train") for what in ("class", "out", "columns"))
     protopnet_own, protopnet_others = (("ProtoPNet", f"cos_{what}", "train") for what in ("class", "out"))
-    centroids_own = ("KMEx (K/C=1)", "cos_class", "train")
-
-    def within(limit: float) -> Callable[[float], bool]:
-        return lambda value: abs(value) <= limit
-
-    return [
-        Relation("KMEx keeps the CNN's accuracy", "KMEx - CNN, points", (kmex, cnn), "within 1", within(1)),
-        Relation("B4 stays close to it", "B4 - CNN, points", (b4, cnn), "at least -4", lambda d: d >= -4),
-        Relation("B234 gives up more", "B234 - B4, points", (b234, b4), "below 0: its sign", lambda d: d < 0),
-        Relation(
-            "ProtoPNet is not better than the CNN",
-            "ProtoPNet - CNN, points",
-            (protopnet, cnn),
-            "at most 0",
-            lambda d: d <= 0,
-        ),
-        Relation(
-            "centroids point into their class, columns less",
-            "cos class, KMEx (K/C=1) - CNN",
-            (centroids_own, own),
-            "above 0",
-            lambda d: d > 0,
-        ),
-        Relation("columns are orthogonal to other classes", "cos out, CNN", (others,), "within 0.1", within(0.1)),
-        Relation(
-            "columns are nearly orthogonal to each other",
-            "cos between columns, CNN",
-            (columns,),
-            "within 0.15",
-            within(0.15),
-        ),
-        Relation(
-            "ProtoPNet's cosines do not tell classes apart",
-            "cos class - cos out, ProtoPNet",
-            (protopnet_own, protopnet_others),
-            "at most 0.1",
-            lambda d: d <= 0.1,
-        ),
+    centroids = ("KMEx (K/C=1)", "cos_class", "train")
+    to_centroids, apart = "cos class, KMEx (K/C=1) - CNN", "cos class - cos out, ProtoPNet"
+    rows: list[tuple[str, str, str, tuple[Key, ...]]] = [
+        ("KMEx keeps the CNN's accuracy", "KMEx - CNN, points", "within 1", (kmex, cnn)),
+        ("B4 stays close to it", "B4 - CNN, points", "at least -4", (b4, cnn)),
+        ("B234 gives up more", "B234 - B4, points", "below 0: its sign", (b234, b4)),
+        ("ProtoPNet is not better than the CNN", "ProtoPNet - CNN, points", "at most 0", (protopnet, cnn)),
+        ("centroids point into their class, columns less", to_centroids, "above 0", (centroids, own)),
+        ("columns are orthogonal to other classes", "cos out, CNN", "within 0.1", (others,)),
+        ("columns are nearly orthogonal to each other", "cos between columns, CNN", "within 0.15", (columns,)),
+        ("ProtoPNet's cosines do not tell classes apart", apart, "at most 0.1", (protopnet_own, protopnet_others)),
     ]
+    return [Relation(*row) for row in rows]
 
 
 def check_relations(records: pd.DataFrame, dataset: str, prototypes_per_class: int) -> pd.DataFrame:
     """Each relation in the paper and in every seed of ours; those of a model that was not run are left out.
 
-    Parameters
-    ----------
-    records
-        The numbers behind both tables, one per seed: model, metric, split, seed, value.
-
-    Returns
-    -------
-    DataFrame
-        dataset, claim, measure, criterion, paper (NaN where it prints no such number), mean, std, seeds, holds_in.
+    ``records`` are the numbers behind both tables, one per seed: model, metric, split, seed, value. The columns are
+    dataset, claim, measure, criterion, paper (NaN where it prints no such number), mean, std, seeds and holds_in.
     """
     published = {key[1:]: value for key, value in {**TABLE1, **TABLE2}.items() if key[0] == dataset}
-    seeds = [
-        dict(zip(zip(part.model, part.metric, part.split, strict=True), part.value, strict=True))
-        for _, part in records.groupby("seed")
-    ]
+    key = ["model", "metric", "split"]
+    seeds = [dict(part.set_index(key)["value"]) for _, part in records.groupby("seed")]
     rows = []
     for relation in relations(prototypes_per_class):
-        if any(term not in numbers for term in relation.terms for numbers in seeds):
+        if not all({*relation.terms} <= {*numbers} for numbers in seeds):
             continue
-        printed = all(term in published for term in relation.terms)
         values = [relation.value(numbers) for numbers in seeds]
         rows.append(
             {
@@ -127,7 +105,7 @@ def check_relations(records: pd.DataFrame, dataset: str, prototypes_per_class: i
                 "claim": relation.claim,
                 "measure": relation.measure,
                 "criterion": relation.criterion,
-                "paper": relation.value(published) if printed else np.nan,
+                "paper": relation.value(published) if {*relation.terms} <= {*published} else np.nan,
                 "mean": np.mean(values),
                 "std": np.std(values, ddof=1) if len(values) > 1 else np.nan,
                 "seeds": len(values),

@@ -30,7 +30,7 @@ DOWNLOADS = {  # a file that is there once it is unpacked, and bytes with the ar
     "cub200": ("CUB_200_2011/images.txt", 2.35e9),
 }
 ITERATIONS = 40  # of k-means
-MEASURED = 3.0  # seconds of steps, and of forward passes, at most; a single one may take longer
+MEASURED = 3.0  # seconds of steps and of passes at most; one may take longer
 
 Chosen = Mapping[str, Any]  # a data set's entry in the configuration; 0 and "" stand for what is not set
 
@@ -90,16 +90,12 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return statistics.median(taken[1:] or taken)
 
 
-def images(name: str, chosen: Chosen) -> tuple[int, int, int]:
-    """Training images, test images and classes of an entry."""
+def images(name: str, chosen: Chosen) -> tuple[int, int, int, int]:
+    """Training images, test images and classes of an entry, and pixels of an image."""
     counted = {key: chosen[key] for key in ("classes", "images_per_class", "validation") if chosen.get(key)}
     held_out = chosen.get("held_out", 0.2) if chosen.get("folder") else 0.0  # as notebook 1
-    return data.count(chosen.get("folder") or name, held_out=held_out, **counted)
-
-
-def size(name: str, chosen: Chosen) -> int:
-    """Pixels of an entry's images."""
-    return chosen.get("image_size") or data.own_input(name).image_size
+    count = data.count(chosen.get("folder") or name, held_out=held_out, **counted)
+    return *count, chosen.get("image_size") or data.own_input(name).image_size
 
 
 def stages(name: str, chosen: Chosen, seeds: list[int], runs: Path) -> Iterator[dict[str, Any]]:
@@ -107,8 +103,8 @@ def stages(name: str, chosen: Chosen, seeds: list[int], runs: Path) -> Iterator[
 
     ``memory``, in bytes, is what notebook 4 holds of activations.
     """
-    own = recipe(name)
-    train, test, classes = images(name, chosen)
+    defaults = recipe(name)
+    train, test, classes, pixels = images(name, chosen)
 
     def of(key: str, default: Any) -> Any:
         return chosen.get(key) or default
@@ -120,32 +116,31 @@ def stages(name: str, chosen: Chosen, seeds: list[int], runs: Path) -> Iterator[
         amounts = {"seconds": left * seconds, "bytes": size, "memory": left and once.get("memory", 0)}
         return {"data": name, "step": notebook, "work": work, "seeds": f"{left} of {len(seeds)}", **amounts}
 
-    pixels = size(name, chosen)
-    pace = measure(chosen, pixels, of("batch_size", own.batch_size))
+    pace = measure(chosen, pixels, of("batch_size", defaults.batch_size))
     both, depth = (train + test) * pace.forward, pace.blocks[-1][0]
-    per_class, restarts = of("prototypes_per_class", own.prototypes_per_class), of("restarts", 10)
+    prototypes_per_class, restarts = of("prototypes_per_class", defaults.prototypes_per_class), of("restarts", 10)
 
     def clustering(entries: int, prototypes: int) -> float:
         """Seconds for k-means of each class and for comparing both splits with all prototypes."""
         products = train * prototypes * restarts * ITERATIONS + (train + test) * prototypes * classes
         return 2 * entries * products * pace.forward / pace.flop
 
-    epochs = of("epochs", own.epochs)
+    epochs = of("epochs", defaults.epochs)
     work, seconds = f"{epochs} epochs of {train:,} images, {pixels} px", epochs * train * pace.train + both
     yield row("1 train", "train", work, seconds, pace.values + (train + test) * depth)
 
-    choices = sorted({1, 5, own.prototypes_per_class})
+    choices = sorted({1, 5, defaults.prototypes_per_class})
     seconds = sum(clustering(depth, k) for k in choices)
     yield row("3 KMEx", "kmex", f"K/C = {choices}", seconds, classes * sum(choices) * depth)
 
     starts, store = of("start_blocks", [4, 3, 2]), of("store", "memory")
     entries = [sum(d * positions for d, positions in pace.blocks[b - 1 :]) for b in starts]
     passes = len(starts) * (ITERATIONS + 1) if store == "nowhere" else 1
-    seconds = passes * both + sum(clustering(n, per_class) for n in entries)
-    values = classes * per_class * sum(d for b in starts for d, _ in pace.blocks[b - 1 :])
+    seconds = passes * both + sum(clustering(n, prototypes_per_class) for n in entries)
+    values = classes * prototypes_per_class * sum(d for b in starts for d, _ in pace.blocks[b - 1 :])
     held = max(entries) * (train + test)
     once = {"disk": {"disk": 4, "disk-half": 2}.get(store, 0) * held, "memory": 4 * held * (store == "memory")}
-    yield row("4 encoder", "encoder", f"start blocks {starts}, K/C = {per_class}", seconds, values, **once)
+    yield row("4 encoder", "encoder", f"start blocks {starts}, K/C = {prototypes_per_class}", seconds, values, **once)
 
     given = {key: chosen[key] for key in ("push_start", "last_passes") if key in chosen}  # 0 is a value of these
     given |= {k: chosen[k] for k in ("warm_epochs", "joint_epochs", "push_every", "frozen_features") if chosen.get(k)}
@@ -153,8 +148,8 @@ def stages(name: str, chosen: Chosen, seeds: list[int], runs: Path) -> Iterator[
     phases, depth = [phase for phase, *_ in options.plan()], of("prototype_depth", options.depth)
     joint = phases.count("joint")
     passes = 1 + phases.count("push") if options.frozen_features == "once" else len(phases) - joint
-    seconds = train * (joint * pace.train + passes * pace.forward) + both + clustering(depth, per_class)
-    values = classes * per_class * (depth * (1 + of("prototype_size", 1) ** 2) + classes)
+    seconds = train * (joint * pace.train + passes * pace.forward) + both + clustering(depth, prototypes_per_class)
+    values = classes * prototypes_per_class * (depth * (1 + of("prototype_size", 1) ** 2) + classes)
     values += pace.values + (train + test) * depth
     yield row("5 ProtoPNet", "protopnet", f"{joint} joint epochs, {passes} passes", seconds, values)
 
@@ -165,7 +160,7 @@ def to_fetch(name: str, chosen: Chosen) -> Iterator[tuple[Path, str, float]]:
     if name in DOWNLOADS and not folder:
         yield kept / DOWNLOADS[name][0], "download", DOWNLOADS[name][1]
     if folder or name == "cub200":
-        pixels, (train, test, _) = size(name, chosen), images(name, chosen)
+        train, test, _, pixels = images(name, chosen)
         for split, count in (("train", train), ("validation" if chosen.get("validation") else "test", test)):
             yield kept / "cache" / f"{name}-{split}-{pixels}-*.npy", f"decode {split}", count * 3 * pixels**2
     if "imagenet" in (chosen.get("weights") or recipe(name).weights, chosen.get("features_from")):

@@ -40,15 +40,10 @@ def figure2(
     right: Mapping[str, Points],
     title: str = "",
 ) -> "Figure":
-    """UMAP of a class group: embeddings of training (opaque) and test (faint) images, with prototypes.
+    """UMAP of a class group: projected embeddings [N, 2] of training (opaque) and test (faint) images, with prototypes.
 
-    Parameters
-    ----------
-    train, test
-        Projected embeddings [N, 2] with labels [N] (indices into ``classes``).
-    left, right
-        Prototypes by name, projected [K, 2] with labels [K]. The paper: classifier columns raw and rescaled on
-        the left, KMEx on the right. Markers go by name: ``c_j`` crosses, ``c_j rescaled`` triangles, else squares.
+    Labels are indices into ``classes``. Prototypes go by name; the paper has classifier columns raw and rescaled on the
+    left, KMEx on the right. ``c_j`` are crosses, ``c_j rescaled`` triangles, others squares.
     """
     colours = np.array(palette(len(classes)))
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.6), sharex=True, sharey=True)
@@ -112,15 +107,8 @@ def protopnet_curve(history: Sequence[Mapping[str, Any]]) -> "Figure":
 def most_activated(image: np.ndarray, class_name: str, activated: Sequence["Activated"], title: str = "") -> "Figure":
     """*This looks like that*: an image's most activated prototypes, one row each, and the points they add to a class.
 
-    From left to right: the image, boxed where it is most similar; the activation map over it, on one scale for all
-    rows; the training image the prototype came from, with its own box.
-
-    Parameters
-    ----------
-    image
-        uint8 [S, S, 3].
-    class_name
-        The class the points go to.
+    From left to right: the image, uint8 [S, S, 3], boxed where it is most similar; the activation map over it, on one
+    scale for all rows; the training image the prototype came from, with its own box.
     """
     figure, rows = plt.subplots(len(activated), 4, figsize=(6.2, 1.4 * len(activated) + 0.4), squeeze=False)
     high = max(float(a.activation.max()) for a in activated)
@@ -148,6 +136,5 @@ def most_activated(image: np.ndarray, class_name: str, activated: Sequence["Acti
 
 def _box(axes: "Axes", box: tuple[int, int, int, int], colour: Colour) -> None:
     top, bottom, left, right = box
-    corner = (left - 0.5, top - 0.5)  # pixels are drawn around their index
     outline: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": 2, "clip_on": False}
-    axes.add_patch(Rectangle(corner, right - left, bottom - top, **outline))
+    axes.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, **outline))  # pixels lie around i

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..method.composite import Normalisation
 from ..networks.catalogue import channels
-from .published import TABLE2
+from .published import TABLE2, over_seeds
 
 READINGS = (  # question, option, what it switches
     ("default", "", Normalisation()),
@@ -56,23 +56,11 @@ def changes(ledger: pd.DataFrame) -> pd.DataFrame:
     return table.assign(change=change)
 
 
-def _over_seeds(table: pd.DataFrame, keys: list[str], column: str, dataset: str) -> pd.DataFrame:
-    """mean, std and seeds of a column for each of some keys, in the order they appear, of a data set."""
-    over_seeds = table.groupby(keys, sort=False)[column].agg(["mean", "std", "count"]).reset_index()
-    over_seeds.insert(0, "dataset", dataset)
-    return over_seeds.rename(columns={"count": "seeds"})
-
-
 def prices(ledger: pd.DataFrame, records: pd.DataFrame, dataset: str) -> pd.DataFrame:
     """What B4 and B234 lose to the CNN on the test images under each reading, beside what they lose in the paper.
 
     ``records`` hold accuracies by seed, those of the question ``all images``: prototypes of a ledger may come from a
-    part of the training images.
-
-    Returns
-    -------
-    DataFrame
-        dataset, question, option, model, mean, std, seeds, paper.
+    part of the training images. The columns are dataset, question, option, model, mean, std, seeds, paper.
     """
     tested = records[(records.metric == "accuracy") & (records.split == "test")]
     cnn = tested[tested.model == "CNN"].set_index("seed")["value"]
@@ -83,7 +71,7 @@ def prices(ledger: pd.DataFrame, records: pd.DataFrame, dataset: str) -> pd.Data
     table = pd.concat([whole, readings[readings.metric == "accuracy"], printed]).fillna({"option": ""})
     table = table[table.model.isin(["B4", "B234"])]
     lost = table.assign(lost=table.seed.map(cnn) - table.value)
-    priced = _over_seeds(lost, ["question", "option", "model"], "lost", dataset)
+    priced = over_seeds(lost.assign(dataset=dataset), ["dataset", "question", "option", "model"], "lost")
     paper = {model: TABLE2.get((dataset, model, "accuracy", "test"), np.nan) for model in ("CNN", "B4", "B234")}
     return priced.assign(paper=[paper["CNN"] - paper[model] for model in priced.model])
 
@@ -100,18 +88,13 @@ def effects(ledger: pd.DataFrame, dataset: str) -> pd.DataFrame:
     """What is open beside eq. 7, 8 and 10: pairs of Table 1, start of the attribution, trainings with a thing switched.
 
     Changes against the default of the same seed, on test images where it is an accuracy, and the correlation of both
-    attributions.
-
-    Returns
-    -------
-    DataFrame
-        dataset, question, model, metric, mean, std, seeds.
+    attributions. The columns are dataset, question, model, metric, mean, std, seeds.
     """
-    table = changes(ledger.fillna({"option": ""}))
+    table = changes(ledger.fillna({"option": ""})).assign(dataset=dataset)
     table = table[~table.question.isin([*_QUESTIONS, "prediction"])]
     cosine = (table.question == "pairs") & (table.model != "KMEx (K/C=1)")  # whose one prototype is the nearest
     correlation, points = table.metric == "map_correlation", (table.metric == "accuracy") & (table.split == "test")
-    return _over_seeds(table[cosine | correlation | points], ["question", "model", "metric"], "change", dataset)
+    return over_seeds(table[cosine | correlation | points], ["dataset", "question", "model", "metric"], "change")
 
 
 def last_share(network: str, scale: str) -> float:
@@ -126,17 +109,8 @@ def last_share(network: str, scale: str) -> float:
 def weightings(prices: pd.DataFrame, networks: Mapping[str, str]) -> pd.DataFrame:
     """What B234 loses to the CNN with each factor of eq. 8, beside the share of its deepest block.
 
-    Parameters
-    ----------
-    prices
-        Of :func:`prices`.
-    networks
-        Architecture by data set.
-
-    Returns
-    -------
-    DataFrame
-        dataset, network, scale, last_share, mean, std, seeds, paper.
+    ``prices`` of :func:`prices`, ``networks`` by data set. The columns are dataset, network, scale, last_share, mean,
+    std, seeds, paper.
     """
     table = prices[(prices.model == "B234") & prices.question.isin(["default", "scale"])]
     table = table.assign(scale=table.option.replace("", "1/D"), network=table.dataset.map(networks))

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from ..data import own_input
-from ..store import replacing, save_text
+from ..store import save_text
 
 Key = tuple[str, str, str, str]  # data set, model, metric, split
 
@@ -76,47 +76,45 @@ def _started(training: Mapping[str, Any]) -> str:
     return f"weights {training['weights']}, {epochs}"
 
 
+def over_seeds(table: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
+    """mean, std (n - 1; empty for one seed) and seeds of a column for each of some keys, in the order they appear."""
+    summed = table.groupby(keys, sort=False)[column].agg(["mean", "std", "count"])
+    return summed.reset_index().rename(columns={"count": "seeds"})
+
+
 def tidy(records: Iterable[Mapping[str, Any]], published: Mapping[Key, float]) -> pd.DataFrame:
     """Mean and standard deviation over seeds, beside the published value.
 
-    Parameters
-    ----------
-    records
-        One per seed and number: dataset, model, metric, split, seed, value.
-    published
-        :data:`TABLE1` or :data:`TABLE2`.
-
-    Returns
-    -------
-    DataFrame
-        Columns :data:`COLUMNS`; ``std`` (n - 1) is empty for one seed, ``paper`` where nothing is published.
+    ``records``, one per seed and number, have dataset, model, metric, split, seed and value; ``published`` is
+    :data:`TABLE1` or :data:`TABLE2`. Of the :data:`COLUMNS`, ``paper`` is empty where nothing is published.
     """
     key = ["dataset", "model", "metric", "split"]
     frame = pd.DataFrame(list(records))
     if frame.duplicated([*key, "seed"]).any():
         raise ValueError("two records for one dataset, model, metric, split and seed")
-    table = frame.groupby(key, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
-    table = table.rename(columns={"count": "n_seeds"})
+    table = over_seeds(frame, key, "value").rename(columns={"seeds": "n_seeds"})
     names = [(_PUBLISHED_AS.get(dataset, dataset), *rest) for dataset, *rest in table[key].values.tolist()]
     table["paper"] = pd.Series([published.get(name) for name in names], dtype=float)
     return table[COLUMNS]
 
 
-def markdown(table: pd.DataFrame, digits: int, note: str = "") -> str:
+def markdown(table: pd.DataFrame, digits: int) -> str:
     """Paper, ours ± standard deviation and the difference, one line each, as Markdown."""
-    shown = pd.DataFrame(
-        {
-            "data": table.dataset,
-            "model": table.model,
-            "measure": table.metric + ", " + table.split,
-            "paper": numbers(table.paper, digits),
-            "ours": with_spread(table, digits),
-            "difference": numbers(table["mean"] - table.paper, digits, sign="+"),
-            "seeds": table.n_seeds,
-        }
-    )
-    text = shown.to_markdown(index=False, disable_numparse=True)
-    return text + (f"\n\n{note}\n" if note else "\n")
+    shown = {
+        "data": table.dataset,
+        "model": table.model,
+        "measure": table.metric + ", " + table.split,
+        "paper": numbers(table.paper, digits),
+        "ours": with_spread(table, digits),
+        "difference": numbers(table["mean"] - table.paper, digits, sign="+"),
+        "seeds": table.n_seeds,
+    }
+    return as_markdown(pd.DataFrame(shown))
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """A table whose cells are texts already."""
+    return table.astype(str).to_markdown(index=False, disable_numparse=True)
 
 
 def numbers(values: Iterable[float], digits: int, sign: str = "") -> list[str]:
@@ -130,14 +128,8 @@ def with_spread(table: pd.DataFrame, digits: int) -> list[str]:
     return [mean + more for mean, more in zip(numbers(table["mean"], digits), spread, strict=True)]
 
 
-def save(
-    table: pd.DataFrame, path: Path, digits: int, note: str = "", records: Iterable[Mapping[str, Any]] = ()
-) -> None:
+def save(table: pd.DataFrame, path: Path, digits: int, note: str, records: list[dict[str, Any]]) -> None:
     """The tidy table as CSV at ``path``, as Markdown beside it, and its ``records`` as ``<name>-seeds.csv``."""
-    records = list(records)
-    with replacing(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
-    if records:
-        with replacing(path.with_name(f"{path.stem}-seeds.csv")) as temporary:
-            pd.DataFrame(records).to_csv(temporary, index=False, float_format="%.6g")
-    save_text(path.with_suffix(".md"), markdown(table, digits, note))
+    for name, content in ((path.name, table), (f"{path.stem}-seeds.csv", pd.DataFrame(records))):
+        save_text(path.with_name(name), content.to_csv(index=False, float_format="%.6g"))
+    save_text(path.with_suffix(".md"), f"{markdown(table, digits)}\n\n{note}\n")

@@ -1,6 +1,6 @@
 """The reproduction report: what was run, what of the paper holds and what it cost, put together from saved tables."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pandas as pd
 from .. import paths
 from ..store import save_text
 from ..training.recipe import recipe
-from .published import numbers, with_spread
+from .published import as_markdown, numbers, with_spread
 from .runs import Run, trained_seeds
 
 TEMPLATE = Path(__file__).with_name("report.md.j2")
@@ -21,8 +21,6 @@ FROM_SCRATCH = (
     ("stl10", "WRN-16-8, 96 px, no augmentation", 76.5, "DeVries and Taylor, arXiv:1708.04552, STL-10 table"),
     ("cub200", "ResNet34, all 200 classes", 43.2, "https://github.com/HenryLau7/Midterm (Bird)"),
 )
-
-# --- what was run ----------------------------------------------------------------------------------------------
 
 
 def _runs(runs: str | Path, dataset: str) -> list[Run]:
@@ -46,8 +44,7 @@ def trainings(runs: str | Path, datasets: Iterable[str]) -> tuple[pd.DataFrame, 
     rows, curves = [], []
     for run in (run for dataset in datasets for run in _runs(runs, dataset)):
         settings = run.settings()
-        stages = _stages(settings)
-        shared = {"dataset": run.name, "seed": run.seed}
+        stages, schedule, shared = _stages(settings), settings["schedule"], {"dataset": run.name, "seed": run.seed}
         history = [record for stage in stages for record in stage["history"]]
         for epoch, record in enumerate(history, 1):
             values = {name: record[name] for name in ("loss", "accuracy", "learning_rate", "seconds")}
@@ -61,11 +58,9 @@ def trainings(runs: str | Path, datasets: Iterable[str]) -> tuple[pd.DataFrame, 
                 "network": settings["arch"],
                 "start": stages[0]["weights"],
                 "epochs": " + ".join(str(stage["schedule"]["epochs"]) for stage in stages),
-                "batch": settings["schedule"]["batch_size"],
-                "learning_rate": settings["schedule"]["learning_rate"],
-                "momentum": settings["schedule"]["momentum"],
-                "flip": settings["flip"],
-                "padding": settings["padding"],
+                "batch": schedule["batch_size"],
+                **{name: schedule[name] for name in ("learning_rate", "momentum")},
+                **{name: settings[name] for name in ("flip", "padding")},
                 "seconds": sum(record["seconds"] for record in history),
                 "machine": settings["machine"],
             }
@@ -81,12 +76,8 @@ def _stages(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def with_earlier(table: pd.DataFrame, path: Path, datasets: Iterable[str], needs: str = "") -> pd.DataFrame:
     """The table in the order of the data sets; those it lacks from the table an earlier report left at ``path``.
 
-    So a report can be made anew where only some of its runs lie.
-
-    Raises
-    ------
-    FileNotFoundError
-        A data set is in neither, and ``needs`` names the notebook that makes what is missing.
+    So a report can be made anew where only some of its runs lie. A data set in neither is a FileNotFoundError where
+    ``needs`` names the notebook that makes what is missing.
     """
     sources = [part for part in (table, pd.read_csv(path) if path.exists() else table) if len(part)]
     parts = []
@@ -99,23 +90,19 @@ def with_earlier(table: pd.DataFrame, path: Path, datasets: Iterable[str], needs
 
 
 def costs(runs: str | Path, datasets: Iterable[str]) -> pd.DataFrame:
-    """What the batch noted of each notebook (Snakemake's benchmark): minutes and peak memory, over seeds.
+    """What the batch noted of each notebook (Snakemake's benchmark), over seeds; of runs outside the batch nothing.
 
-    Returns
-    -------
-    DataFrame
-        dataset, notebook, runs, minutes (mean), minutes_max, peak_gib (largest, all processes of the notebook).
-        Runs made outside the batch have none.
+    dataset, notebook, runs, minutes (mean), minutes_max and peak_gib, the largest, of all processes of the notebook.
     """
     rows = []
     for dataset in datasets:
         for path in sorted((paths.resolve(runs) / dataset).glob("**/cost/*.tsv")):
             noted = pd.read_csv(path, sep="\t").iloc[0]
-            minutes, memory = noted["s"] / 60, pd.to_numeric(noted["max_rss"], errors="coerce") / 1024
-            rows.append({"dataset": dataset, "notebook": path.stem, "minutes": minutes, "peak_gib": memory})
+            memory = pd.to_numeric(noted["max_rss"], errors="coerce") / 1024
+            rows.append((dataset, path.stem, noted["s"] / 60, memory))
     table = pd.DataFrame(rows, columns=["dataset", "notebook", "minutes", "peak_gib"])
-    summed = {"runs": ("minutes", "size"), "minutes": ("minutes", "mean"), "minutes_max": ("minutes", "max")}
-    return table.groupby(["dataset", "notebook"]).agg(**summed, peak_gib=("peak_gib", "max")).reset_index()
+    minutes = {"runs": ("minutes", "size"), "minutes": ("minutes", "mean"), "minutes_max": ("minutes", "max")}
+    return table.groupby(["dataset", "notebook"]).agg(**minutes, peak_gib=("peak_gib", "max")).reset_index()
 
 
 def disk(runs: str | Path, datasets: Iterable[str]) -> pd.DataFrame:
@@ -124,7 +111,7 @@ def disk(runs: str | Path, datasets: Iterable[str]) -> pd.DataFrame:
     for dataset in datasets:
         for path in (paths.resolve(runs) / dataset).glob("**/*"):
             if path.is_file():
-                rows.append({"dataset": dataset, "file": path.suffix or path.name, "mib": path.stat().st_size / 2**20})
+                rows.append((dataset, path.suffix or path.name, path.stat().st_size / 2**20))
     table = pd.DataFrame(rows, columns=["dataset", "file", "mib"])
     return table.groupby(["dataset", "file"])["mib"].sum().reset_index()
 
@@ -146,37 +133,27 @@ def beside_others(records: Mapping[str, pd.DataFrame], trained: pd.DataFrame) ->
     return pd.DataFrame(rows, columns=columns)
 
 
-# --- the page --------------------------------------------------------------------------------------------------
-
-
 def page(
-    parts: Mapping[str, pd.DataFrame], figures: Path, datasets: Iterable[str], config: str = "", name: str = "report"
+    parts: Mapping[str, pd.DataFrame], figures: Path, datasets: Sequence[str], config: str = "", name: str = "report"
 ) -> str:
     """The report as Markdown with links to the figures beside it; also written to ``<figures>/<name>/report.md``.
 
-    Parameters
-    ----------
-    parts
-        ``trained``, ``cost``, ``disk`` and ``others`` of this module, ``relations``, ``table1`` and ``table2`` of
-        :mod:`~kmex_utils.paper.claims`, ``prices`` and ``effects`` of :mod:`~kmex_utils.paper.ledger`.
-    config
-        The batch configuration that made the runs, printed as it is.
+    Its parts are ``trained``, ``cost``, ``disk`` and ``others`` of this module, ``relations``, ``table1`` and
+    ``table2`` of :mod:`~kmex_utils.paper.claims`, ``prices`` and ``effects`` of :mod:`~kmex_utils.paper.ledger`; the
+    ``config`` that made the runs is printed as it is.
     """
     import jinja2
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    views = (_markdown, _by_setting, _relations, _beside_paper, _prices, _effects, _costs, _disk)
-    environment.filters |= {view.__name__.lstrip("_"): view for view in views}
+    views = (_by_setting, _relations, _beside_paper, _prices, _effects, _costs)
+    environment.filters |= {"markdown": as_markdown, **{view.__name__.lstrip("_"): view for view in views}}
+    environment.globals |= {"summary": summary, "exists": lambda picture: (figures / picture).exists()}
     text = environment.from_string(TEMPLATE.read_text()).render(
-        **parts,
-        datasets=list(datasets),
-        summary=summary(parts["relations"], parts["prices"]),
-        config=config.strip(),
-        name=name,
-        exists=lambda picture: (figures / picture).exists(),
+        **parts, datasets=datasets, config=config.strip(), name=name
     )
-    save_text(figures / name / "report.md", text.rstrip() + "\n")
-    return text.rstrip() + "\n"
+    text = text.rstrip() + "\n"
+    save_text(figures / name / "report.md", text)
+    return text
 
 
 def summary(relations: pd.DataFrame, prices: pd.DataFrame) -> list[str]:
@@ -184,17 +161,10 @@ def summary(relations: pd.DataFrame, prices: pd.DataFrame) -> list[str]:
     lines = []
     for claim, rows in relations.groupby("claim", sort=False):
         missed = rows[rows.holds_in != rows.seeds]
-        if missed.empty:
-            lines.append(f"{claim}: holds in every seed of {', '.join(rows.dataset)}.")
-            continue
-        counts = [
-            f"{d} ({n} of {of} seeds)" for d, n, of in zip(missed.dataset, missed.holds_in, missed.seeds, strict=True)
-        ]
-        lines.append(f"{claim}: does not hold in every seed of {', '.join(counts)}.")
-    if prices.empty:
-        return lines
-    b234 = prices[prices.model == "B234"]
-    for dataset, rows in b234.groupby("dataset", sort=False):
+        counts = [f"{row.dataset} ({row.holds_in} of {row.seeds} seeds)" for row in missed.itertuples()]
+        holds, where = ("does not hold", counts) if counts else ("holds", rows.dataset)
+        lines.append(f"{claim}: {holds} in every seed of {', '.join(where)}.")
+    for dataset, rows in prices[prices.model == "B234"].groupby("dataset", sort=False) if len(prices) else ():
         lost = rows.set_index(["question", "option"])["mean"]
         paper = rows.paper.iloc[0]
         in_paper = "" if pd.isna(paper) else f" (paper {paper:.1f})"
@@ -250,17 +220,8 @@ def _costs(cost: pd.DataFrame) -> pd.DataFrame:
     return _wide(cost, ["notebook"], "dataset", cells).sort_values("notebook")
 
 
-def _disk(disk: pd.DataFrame, datasets: list[str]) -> str:
-    total = disk.groupby("dataset")["mib"].sum()
-    return ", ".join(f"{dataset} {total[dataset]:.0f} MiB" for dataset in datasets if dataset in total)
-
-
 def _wide(table: pd.DataFrame, keys: list[str], column: str, cells: list[str]) -> pd.DataFrame:
     """A row for each of some keys, a column for each value of another, both as they first appear; – for no cell."""
     wide = table.assign(cell=cells).pivot(index=keys, columns=column, values="cell")
     rows = table[keys].drop_duplicates().merge(wide.reset_index(), how="left")
     return rows[[*keys, *table[column].unique()]].fillna("–")
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    return table.astype(str).to_markdown(index=False, disable_numparse=True)

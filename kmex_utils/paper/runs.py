@@ -1,9 +1,9 @@
 """What one training run leaves behind, and the checks that its parts belong together.
 
-``runs/<dataset>/seed-<seed>/`` is a folder of :class:`~kmex_utils.explanation.explained.Explained` (the network, and the
-prototypes as notebooks 3 and 4 add them) with ``training.json`` (everything that made the network, as resolved),
-``embeddings.safetensors``, ``results-*.json`` and the baseline beside it. Every part names the network it was made
-from, so parts of an earlier training are refused instead of silently mixed in.
+``runs/<dataset>/seed-<seed>/`` is a folder of :class:`~kmex_utils.explanation.explained.Explained`: the network and
+the prototypes of notebooks 3 and 4. Beside it lie ``training.json`` (everything that made the network, as resolved),
+``embeddings.safetensors``, ``results-*.json`` and the baseline. Every part names the network it was made from, so parts
+of an earlier training are refused instead of silently mixed in.
 """
 
 from collections.abc import Iterable
@@ -49,11 +49,13 @@ class Run:
         return self.runs / self.name / f"seed-{self.seed}"
 
     @property
+    def _given(self) -> str:
+        return f"with dataset={self.name} and seed={self.seed}"
+
+    @property
     def training_state(self) -> Path:
         """The checkpoint an interrupted training continues from."""
         return self.folder / "training.safetensors"
-
-    # the network and what explains it
 
     def save_training(self, network: Network, dataset: Dataset, settings: dict[str, Any]) -> None:
         """The trained network, without prototypes yet, and everything that made it."""
@@ -62,16 +64,10 @@ class Run:
         save_json(self.folder / "training.json", {**settings, "network": network.fingerprint})
 
     def settings(self) -> dict[str, Any]:
-        """Settings of the training, with ``classes`` and the ``network``'s fingerprint.
-
-        Raises
-        ------
-        FileNotFoundError, ValueError
-            No training yet; or one of the version before, whose files had another form.
-        """
+        """Settings of the training, with ``classes`` and the ``network``'s fingerprint."""
         path = self.folder / "training.json"
         if not path.exists():
-            again = f"run notebook 01_train with dataset={self.name} and seed={self.seed}"
+            again = f"run notebook 01_train {self._given}"
             if (self.folder / "backbone.safetensors").exists():
                 raise ValueError(f"{self.folder} is a run of version 0.1, which is no longer read: {again} again")
             raise FileNotFoundError(f"no trained network in {self.folder}: {again}")
@@ -96,14 +92,10 @@ class Run:
             self._existing(f"{name}.safetensors", notebook)
         return Explained.load(self.folder, images=dataset)
 
-    # tensors
-
     def save_embeddings(self, name: str = "embeddings", **splits: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Embeddings [N, D] and labels [N] by split name."""
-        tensors = {}
-        for split, (z, labels) in splits.items():
-            tensors[f"z_{split}"], tensors[f"labels_{split}"] = z, labels
-        self.save_part(name, tensors, {})
+        tensors = {f"z_{split}": z for split, (z, _) in splits.items()}
+        self.save_part(name, tensors | {f"labels_{split}": labels for split, (_, labels) in splits.items()}, {})
 
     def embeddings(
         self, split: str, name: str = "embeddings", notebook: str = "01_train"
@@ -119,11 +111,7 @@ class Run:
 
     def part(self, name: str, notebook: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors and settings of :meth:`save_part`, saved by ``notebook``."""
-        tensors, settings = load_tensors(self._existing(f"{name}.safetensors", notebook))
-        self._check_origin(f"{name}.safetensors", settings, notebook)
-        return tensors, settings
-
-    # results
+        return self._read(f"{name}.safetensors", notebook)
 
     def save_results(self, stage: str, values: Iterable[tuple[str, str, str, float]], **settings: Any) -> None:
         """Numbers (model, metric, split, value) of a notebook, with the settings that made them."""
@@ -137,31 +125,25 @@ class Run:
 
     def results(self, stage: str, notebook: str) -> list[dict[str, Any]]:
         """The records of :meth:`save_results`."""
-        content = load_json(self._existing(f"results-{stage}.json", notebook))
-        self._check_origin(f"results-{stage}.json", content, notebook)
+        _, content = self._read(f"results-{stage}.json", notebook)
         return content["records"]
 
     def _existing(self, file: str, notebook: str) -> Path:
         path = self.folder / file
         if not path.exists():
-            raise FileNotFoundError(
-                f"{path} does not exist: run notebook {notebook} with dataset={self.name} and seed={self.seed}"
-            )
+            raise FileNotFoundError(f"{path} does not exist: run notebook {notebook} {self._given}")
         return path
 
-    def _check_origin(self, file: str, settings: dict[str, Any], notebook: str) -> None:
-        if settings.get("network") != self.settings()["network"]:
-            raise ValueError(f"{self.folder / file} was made from another network: run notebook {notebook} again")
+    def _read(self, file: str, notebook: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        path = self._existing(file, notebook)
+        tensors, content = ({}, load_json(path)) if path.suffix == ".json" else load_tensors(path)
+        if content.get("network") != self.settings()["network"]:
+            raise ValueError(f"{path} was made from another network: run notebook {notebook} again")
+        return tensors, content
 
 
 def trained_seeds(runs: str | Path, dataset: str) -> list[int]:
-    """Seeds with a trained network.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is none.
-    """
+    """Seeds with a trained network; a FileNotFoundError where there is none."""
     folder = paths.resolve(runs) / dataset
     seeds = sorted(int(path.parent.name.removeprefix("seed-")) for path in folder.glob("seed-*/training.json"))
     if not seeds:

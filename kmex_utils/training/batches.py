@@ -1,25 +1,18 @@
 """Training batches: shuffled and augmented by (seed, epoch) alone, so that a resumed run sees the same ones."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data import Dataset
+from ..data.dataset import Batches, Dataset
+
+Device = torch.device | str
 
 
 def training_batches(
-    dataset: Dataset,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    *,
-    flip: float = 0.0,
-    padding: int = 0,
-    device: torch.device | str = "cpu",
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch, (x [n, 3, S, S], labels [n]), without a last incomplete batch; a ValueError for bad augmentation."""
+    dataset: Dataset, batch_size: int, seed: int, epoch: int, flip: float = 0, padding: int = 0, device: Device = "cpu"
+) -> Batches:
+    """One epoch, without a last incomplete batch; a ValueError for bad augmentation."""
     if not 0 <= flip <= 1 or padding < 0:
         raise ValueError(f"flip must be a probability and padding pixels, got {flip} and {padding}")
     generator = epoch_generator(seed, epoch)
@@ -27,14 +20,6 @@ def training_batches(
         pixels = torch.from_numpy(np.array(dataset.train.pixels[index.numpy()])).to(device)
         x = dataset.input(augment(pixels, flip, padding, generator), device)
         yield x, dataset.train.labels[index].to(device)
-
-
-def check_batch(dataset: Dataset, batch_size: int) -> None:
-    """A ValueError where the training images do not fill one batch."""
-    if len(dataset.train) < batch_size:
-        raise ValueError(
-            f"{len(dataset.train)} training images are fewer than one batch of {batch_size}; lower batch_size"
-        )
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:

@@ -4,84 +4,140 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from ..data.dataset import Batches, Dataset
+from ..hardware import training_dtype
 from ..store import load_tensors, save_tensors
+from .batches import training_batches
 
+CPU = torch.device("cpu")
 Record = dict[str, Any]
-Batches = Iterable[tuple[Tensor, Tensor]]
+Forward = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+Optimizers = dict[str, Optimizer]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Training:
-    """What a training changes, and the file that keeps it.
+    """What is trained (``network``, in place) on which images, by which numbers, and the file that keeps it.
 
-    ``identity`` is everything that fixes the run, as JSON; a checkpoint of another identity is not resumed. Of the
-    ``optimizers``, the state is kept by the name of the parameter; so is the random state that dropout draws from.
+    A training that was killed continues from its ``checkpoint`` (weights, the optimizers' state, and the random state
+    that dropout draws from) to the same weights as an uninterrupted one, bit for bit. A checkpoint of other settings is
+    not resumed: of ``options`` (a dataclass with a ``batch_size``), augmentation (``flip`` and ``padding``, see
+    :class:`~kmex_utils.training.recipe.Recipe`), or ``made_by``, everything else that fixes the run (data, architecture
+    …), as JSON. ``precision`` is ``auto``, ``float32`` or ``bfloat16`` (autocast). The state is written after a step
+    when ``save_after`` seconds have passed since it last was, and after the last step.
     """
 
-    module: nn.Module
-    optimizers: dict[str, torch.optim.Optimizer]
+    network: nn.Module
+    dataset: Dataset
+    options: Any
+    _: KW_ONLY
+    seed: int
     checkpoint: Path
-    identity: dict[str, Any]
-    log: Callable[[str], None]
+    made_by: dict[str, Any]
+    flip: float = 0.0
+    padding: int = 0
+    precision: str = "auto"
+    device: torch.device = CPU
+    log: Callable[[str], None] = print
+    save_after: float = 0.0
 
-    @property
-    def device(self) -> torch.device:
-        """Where the module is."""
-        return next(self.module.parameters()).device
+    def __post_init__(self) -> None:
+        images, batch_size = len(self.dataset.train), self.options.batch_size
+        if images < batch_size:
+            raise ValueError(f"{images} training images are fewer than one batch of {batch_size}; lower batch_size")
+        self.count = images // batch_size  # batches of a pass
+        self.dtype = training_dtype(self.precision, self.device)
+        self.network.to(self.device).train().requires_grad_(True)
+
+    def batches(self, epoch: int) -> Batches:
+        """The augmented batches (x, labels [n]) of an epoch."""
+        order = self.options.batch_size, self.seed, epoch
+        return training_batches(self.dataset, *order, self.flip, self.padding, self.device)
+
+    def autocast(self, enabled: bool = True) -> torch.autocast:
+        """Computes in the chosen precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled and self.dtype != torch.float32)
+
+    def optimise(self, batches: Batches, forward: Forward, optimizer: Optimizer, title: str, rates: str) -> Record:
+        """One pass over the batches (x, labels [n]): the mean of each term, and the running accuracy in %.
+
+        ``forward`` gives a batch's class scores y [n, C] and the terms by name, of which ``loss`` is minimised. A
+        ValueError says in which ``title`` its mean is not finite and which ``rates`` to lower.
+        """
+        sums: defaultdict[str, Any] = defaultdict(float)
+        correct, seen = torch.tensor(0), 0
+        for x, label in tqdm(batches, title, self.count, leave=False):
+            y, terms = forward(x, label)
+            optimizer.zero_grad(set_to_none=True)
+            terms["loss"].backward()
+            optimizer.step()
+            for name, value in terms.items():
+                sums[name] += value.detach()
+            correct = correct + (y.detach().argmax(1) == label).sum()
+            seen += len(label)
+        means = {name: (value / self.count).item() for name, value in sums.items()}
+        if not math.isfinite(means["loss"]):
+            raise ValueError(f"the loss is {means['loss']} in {title}: lower {rates}")
+        return {**means, "accuracy": 100 * correct.item() / seen}
 
     def run(
-        self, titles: Sequence[str], step: Callable[[int], Record], *, unit: str, save_after: float = 0.0
+        self, optimizers: Optimizers, titles: Sequence[str], step: Callable[[int], Record], unit: str = "step"
     ) -> list[Record]:
-        """Take every step i, or those that the checkpoint lacks; returns the records, each with its ``seconds``.
+        """Take every step i that the checkpoint lacks; returns the records of all, each with its ``seconds``.
 
-        ``titles`` say what each step is called when its numbers are logged (empty: they are not), ``unit`` what a step
-        is. The state is written after a step when ``save_after`` seconds have passed since it last was, and after the
-        last. Started again after an interruption, training ends with the same weights, bit for bit.
+        ``titles`` name the steps whose numbers are logged (empty: they are not); ``unit`` is what a step is.
         """
-        history = self._resume(unit)
+        history = self._resume(optimizers, unit)
         saved = time.perf_counter()
         for i in range(len(history), len(titles)):
             start = time.perf_counter()
             record = step(i)
             record["seconds"] = time.perf_counter() - start
             history.append(record)
-            if time.perf_counter() - saved >= save_after or len(history) == len(titles):
-                self._save(history)
+            if time.perf_counter() - saved >= self.save_after or len(history) == len(titles):
+                self._save(optimizers, history)
                 saved = time.perf_counter()
             if titles[i]:
                 numbers = (f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float))
                 self.log(f"{titles[i]}: {', '.join(numbers)}")
+        self.network.eval().requires_grad_(False)
         return history
 
-    def _save(self, history: list[Record]) -> None:
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.module.named_parameters()}
-        tensors = {f"model|{name}": value for name, value in self.module.state_dict().items()}
-        for kind, optimizer in self.optimizers.items():
+    def _identity(self) -> dict[str, Any]:
+        """Everything that fixes the run."""
+        fixed = {"flip": self.flip, "padding": self.padding, "seed": self.seed}
+        return {**self.made_by, **asdict(self.options), **fixed, "dtype": str(self.dtype), "device": self.device.type}
+
+    def _save(self, optimizers: Optimizers, history: list[Record]) -> None:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
+        tensors = {f"model|{name}": value for name, value in self.network.state_dict().items()}
+        for kind, optimizer in optimizers.items():
             for parameter, entries in optimizer.state.items():
                 kept = {key: value for key, value in entries.items() if value is not None}
                 tensors |= {f"{kind}|{names[parameter]}|{key}": value for key, value in kept.items()}
         tensors["random|cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random|cuda"] = torch.cuda.get_rng_state(self.device)
-        save_tensors(self.checkpoint, tensors, {"identity": self.identity, "history": history})
+        save_tensors(self.checkpoint, tensors, {"identity": self._identity(), "history": history})
 
-    def _resume(self, unit: str) -> list[Record]:
+    def _resume(self, optimizers: Optimizers, unit: str) -> list[Record]:
         if not self.checkpoint.exists():
             return []
         tensors, settings = load_tensors(self.checkpoint)
-        if settings["identity"] != json.loads(json.dumps(self.identity)):
+        if settings["identity"] != json.loads(json.dumps(self._identity())):
             self.log(f"{self.checkpoint.name} is of other settings: starting anew")
             return []
-        parameters = dict(self.module.named_parameters())
+        parameters = dict(self.network.named_parameters())
         model = {}
         for key, value in tensors.items():
             kind, name, *entry = key.split("|")
@@ -94,38 +150,7 @@ class Training:
             else:
                 if value.shape == parameters[name].shape:  # not Adam's count: on the device, in the memory format
                     value = torch.empty_like(parameters[name], requires_grad=False).copy_(value)
-                self.optimizers[kind].state[parameters[name]][entry[0]] = value
-        self.module.load_state_dict(model)
+                optimizers[kind].state[parameters[name]][entry[0]] = value
+        self.network.load_state_dict(model)
         self.log(f"resuming after {unit} {len(settings['history'])}")
         return list(settings["history"])
-
-
-def optimise(
-    batches: Batches,
-    forward: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
-    optimizer: torch.optim.Optimizer,
-    *,
-    count: int,
-    title: str,
-    diverged: str,
-) -> Record:
-    """One pass over ``count`` batches (x, labels [n]): the mean of each term, and the running accuracy in %.
-
-    ``forward`` gives a batch's class scores y [n, C] and the terms by name, of which ``loss`` is minimised. If its mean
-    is not finite, a ValueError says so; ``diverged`` says where and what to change.
-    """
-    sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.tensor(0.0))
-    correct, seen = torch.tensor(0), 0
-    for x, label in tqdm(batches, title, count, leave=False):
-        y, terms = forward(x, label)
-        optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
-        optimizer.step()
-        for name, value in terms.items():
-            sums[name] = sums[name] + value.detach()
-        correct = correct + (y.detach().argmax(1) == label).sum()
-        seen += len(label)
-    means = {name: (value / count).item() for name, value in sums.items()}
-    if not math.isfinite(means["loss"]):
-        raise ValueError(f"the loss is {means['loss']} in {diverged}")
-    return {**means, "accuracy": 100 * correct.item() / seen}

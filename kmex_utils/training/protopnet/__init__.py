@@ -8,17 +8,5 @@ from .options import OPTIONS, Options
 from .schedule import train
 from .views import BOXES, faded, most_activated, prototype_source
 
-__all__ = [
-    "BOXES",
-    "OPTIONS",
-    "Options",
-    "TrainableProtoPNet",
-    "evaluate",
-    "faded",
-    "load",
-    "most_activated",
-    "prototype_source",
-    "save",
-    "start",
-    "train",
-]
+__all__ = ["BOXES", "OPTIONS", "Options", "TrainableProtoPNet", "evaluate", "faded", "load", "most_activated"]
+__all__ += ["prototype_source", "save", "start", "train"]

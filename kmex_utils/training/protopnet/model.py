@@ -1,8 +1,8 @@
 """The trainable ProtoPNet, its passes over a data set, and how a run keeps it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from ...hardware import exact
 from ...method.explainers import ProtoPNet
 from ...networks import Network, for_training
 from .options import Options
+
+Run = Any  # a kmex_utils.paper.runs.Run, of a room that this one does not import
 
 
 class TrainableProtoPNet(nn.Module):
@@ -89,7 +91,7 @@ def features(network: TrainableProtoPNet, dataset: Dataset, split: str) -> Itera
 
 @torch.no_grad()
 def latents(network: TrainableProtoPNet, dataset: Dataset, split: str) -> Iterator[Tensor]:
-    """The add-on's output for a split in order, in batches [n, D', H, W], in evaluation mode and float32."""
+    """The add-on's output for the same, [n, D', H, W]."""
     for x in features(network, dataset, split):
         yield network.add_on(x)
 
@@ -97,21 +99,12 @@ def latents(network: TrainableProtoPNet, dataset: Dataset, split: str) -> Iterat
 @exact()
 @torch.no_grad()
 def evaluate(network: TrainableProtoPNet, dataset: Dataset, split: str) -> tuple[Tensor, Tensor]:
-    """Predictions [N], and patches h of every image, [N, R, D' s s], on the CPU; evaluation mode and float32."""
+    """Predictions [N], and patches h of every image, [N, R, D' s s], on the CPU."""
     predicted, h = [], []
     for latent in latents(network, dataset, split):
         predicted.append(network.scores(network.smallest(latent)).argmax(1).cpu())
         h.append(network.explainer.patches(latent).cpu())
     return torch.cat(predicted), torch.cat(h)
-
-
-class Run(Protocol):
-    """What is asked of a :class:`kmex_utils.paper.runs.Run`."""
-
-    network: Callable[[], Network]
-    settings: Callable[[], dict[str, Any]]
-    save_part: Callable[[str, dict[str, Tensor], dict[str, Any]], None]
-    part: Callable[[str, str], tuple[dict[str, Tensor], dict[str, Any]]]
 
 
 def start(run: Run, features_from: str, prototypes_per_class: int, options: Options, seed: int) -> TrainableProtoPNet:

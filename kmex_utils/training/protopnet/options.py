@@ -21,12 +21,11 @@ class Options:
     """The numbers.
 
     ``depth`` D' and ``size`` s of a prototype [D', s, s]; rates are of Adam; ``weight_decay`` is of the features and
-    the add-on; the joint rates are multiplied by ``rate_factor`` at every ``rate_step``-th joint epoch. Epochs count
-    from 0 through both phases; a push follows each epoch from ``push_start`` on that ``push_every`` divides, and the
-    last. ``cross_entropy`` … ``l1`` weigh the terms of the loss. ``frozen_features`` says how the phases that do not
-    train the features see them: ``anew``, as the authors do, with augmentation and batch normalisation in training
-    mode; or ``once``, computed in evaluation mode and kept in memory. ``affine`` rotates by up to 15° or shears by up
-    to 10°.
+    the add-on; ``rate_factor`` multiplies the joint rates at every ``rate_step``-th joint epoch; epochs count from 0
+    through both phases; ``cross_entropy`` … ``l1`` weigh the terms of the loss. ``frozen_features`` says how the phases
+    that do not train the features see them: ``anew``, as the authors do, with augmentation and batch normalisation in
+    training mode; or ``once``, computed in evaluation mode and kept in memory. ``affine`` rotates by up to 15° or
+    shears by up to 10°.
     """
 
     depth: int = 128

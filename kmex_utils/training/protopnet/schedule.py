@@ -1,19 +1,18 @@
 """What trains ProtoPNet: the terms of its loss, the push, and the alternating schedule."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...data import Dataset
-from ...hardware import exact, training_dtype
+from ...data.dataset import Batches, Dataset
+from ...hardware import exact
 from ...method.explainers import ProtoPNet
-from ..batches import affine, check_batch, epoch_generator, shuffled, training_batches
-from ..loop import Batches, Record, Training, optimise
+from ..batches import affine, epoch_generator, shuffled
+from ..loop import Optimizers, Record, Training
 from .model import TrainableProtoPNet, features, latents
 from .options import Options
 
@@ -46,7 +45,8 @@ def total(terms: dict[str, Tensor], options: Options) -> Tensor:
 def push(network: TrainableProtoPNet, latents: Iterable[Tensor], labels: Tensor) -> Tensor:
     """Replace each prototype by the nearest training patch of its class and record which one that is.
 
-    ``latents`` are the grids of the training images in order, in batches [n, D', H, W], ``labels`` [N] their classes.
+    ``latents`` are the grids of the training images in order, in batches [n, D', H, W], ``labels`` [N] their classes,
+    of which none is missing.
     Returns the squared distance each prototype moved, [K]; ties go to the first patch. Only distances between one
     batch's patches of a class and that class's prototypes are in memory at a time.
     """
@@ -70,16 +70,13 @@ def push(network: TrainableProtoPNet, latents: Iterable[Tensor], labels: Tensor)
             i, r = members[row // h.shape[1]], row % h.shape[1]
             nearest[k], image[k], position[k], vectors[k] = value[closer], start + i, r, h[i, r]
         start += len(h)
-    missing = (image < 0).nonzero().flatten()
-    if len(missing):
-        raise ValueError(f"class {int(network.labels[missing[0]])} has no training image to push its prototypes to")
     network.prototypes.copy_(vectors.view_as(network.prototypes))
     network.image.copy_(image)
     network.position.copy_(position)
     return nearest
 
 
-def optimizers(network: TrainableProtoPNet, options: Options) -> dict[str, torch.optim.Optimizer]:
+def optimizers(network: TrainableProtoPNet, options: Options) -> Optimizers:
     """An Adam for each phase that trains, kept through its epochs; a group's first rate stays as ``initial_rate``."""
     decay = options.weight_decay
     head = {id(parameter) for parameter in network.network.classifier.parameters()}
@@ -97,33 +94,16 @@ def optimizers(network: TrainableProtoPNet, options: Options) -> dict[str, torch
 
 @exact()
 def train(
-    network: TrainableProtoPNet,
-    dataset: Dataset,
-    options: Options,
-    *,
-    flip: float = 0.0,
-    padding: int = 0,
-    seed: int,
-    checkpoint: Path,
-    made_by: dict[str, Any],
-    precision: str = "auto",
-    device: torch.device | str = "cpu",
-    log: Callable[[str], None] = print,
-    save_after: float = 10.0,
+    network: TrainableProtoPNet, dataset: Dataset, options: Options, *, save_after: float = 10.0, **how: Any
 ) -> list[Record]:
     """Run the schedule in place; returns a record of each step: phase, epoch, pass, the loss's terms, seconds.
 
-    Parameters are those of :func:`kmex_utils.training.sgd.train`, and it is resumed likewise; every step draws its
-    order and augmentation from (seed, step). The state goes to ``checkpoint`` when ``save_after`` seconds have passed
-    since it last did, and after the last step. ``precision`` is of the features in the joint phase. A ValueError says
-    what :func:`check` refuses, or that the loss is no longer finite.
+    ``how`` are the other parameters of :class:`~kmex_utils.training.loop.Training`; its ``precision`` is of the
+    features in the joint phase. Every step draws its order and augmentation from (seed, step). A ValueError names a
+    class without training images or a prototype beyond the grid, or says that the loss is no longer finite.
     """
-    device = torch.device(device)
-    dtype = training_dtype(precision, device)
-    check(network.to(device), dataset, options)
-    augmentation: dict[str, Any] = {"flip": flip, "padding": padding}
-    network.requires_grad_(True)
-    phases = _Phases(network, dataset, options, augmentation, seed, dtype)
+    phases = _Phases(network, dataset, options, save_after=save_after, **how)
+    phases.check()
     adam, plan = optimizers(network, options), options.plan()
 
     def step(i: int) -> Record:
@@ -131,43 +111,33 @@ def train(
         numbers = phases.push() if phase == "push" else phases.train(adam[phase], phase, epoch, i)
         return {"phase": phase, "epoch": epoch, "pass": count, **numbers}
 
-    identity = {**made_by, **asdict(options), **augmentation, "seed": seed, "dtype": str(dtype), "device": device.type}
+    of = f"{dataset.name} seed {phases.seed}"
     quiet = [phase == "last" and count + 1 < options.last_passes for phase, _, count in plan]  # one line for all passes
-    of = f"{dataset.name} seed {seed}"
     titles = ["" if q else f"{of}, epoch {epoch}, {phase}" for q, (phase, epoch, _) in zip(quiet, plan, strict=True)]
-    training = Training(network, adam, checkpoint, identity, log)
-    history = training.run(titles, step, unit="step", save_after=save_after)
-    network.eval().requires_grad_(False)
-    return history
-
-
-def check(network: TrainableProtoPNet, dataset: Dataset, options: Options) -> None:
-    """A ValueError for a class without training images, fewer images than a batch, or a prototype beyond the grid."""
-    counts = torch.bincount(dataset.train.labels, minlength=len(dataset.classes))
-    if (counts == 0).any():
-        raise ValueError(f"class {dataset.classes[int(counts.argmin())]!r} has no training images: add some")
-    check_batch(dataset, options.batch_size)
-    size, device = network.prototypes.shape[2], network.prototypes.device
-    with torch.no_grad():
-        grid = network.eval().features(dataset.input(dataset.train.pixels[:1], device)).shape[2:]
-    if size > min(grid):
-        raise ValueError(
-            f"a prototype of {size} x {size} positions does not fit the {grid[0]} x {grid[1]} grid of "
-            f"{dataset.input.image_size}-pixel images: lower prototype_size or train with a larger image_size"
-        )
+    return phases.run(adam, titles, step)
 
 
 @dataclass
-class _Phases:
+class _Phases(Training):
     """The steps of the schedule."""
 
     network: TrainableProtoPNet
-    dataset: Dataset
     options: Options
-    augmentation: dict[str, Any]
-    seed: int
-    dtype: torch.dtype
     kept: dict[str, Tensor] = field(default_factory=dict)  # what the present phase sees of features computed once
+
+    def check(self) -> None:
+        """A ValueError for a class without training images or a prototype beyond the grid."""
+        counts = torch.bincount(self.dataset.train.labels, minlength=len(self.dataset.classes))
+        if (counts == 0).any():
+            raise ValueError(f"class {self.dataset.classes[int(counts.argmin())]!r} has no training images: add some")
+        with torch.no_grad():
+            x = self.network.eval().features(self.dataset.input(self.dataset.train.pixels[:1], self.device))
+        size, (height, width) = self.network.prototypes.shape[2], x.shape[2:]
+        if size > min(height, width):
+            raise ValueError(
+                f"a prototype of {size} x {size} positions does not fit the {height} x {width} grid of "
+                f"{self.dataset.input.image_size}-pixel images: lower prototype_size or train with a larger image_size"
+            )
 
     def train(self, optimizer: torch.optim.Optimizer, phase: str, epoch: int, step: int) -> Record:
         """One pass over the training images."""
@@ -181,8 +151,9 @@ class _Phases:
             terms = costs(y, smallest, label, self.network)
             return y, {"loss": total(terms, self.options), **terms}
 
-        count, diverged = len(self.dataset.train) // self.options.batch_size, f"the {phase} phase: lower its rates"
-        return optimise(self._batches(phase, step), forward, optimizer, count=count, title=phase, diverged=diverged)
+        once = phase != "joint" and self.options.frozen_features == "once"
+        batches = self._once(phase, step) if once else self._anew(phase, step)
+        return self.optimise(batches, forward, optimizer, f"the {phase} phase", "its rates")
 
     def push(self) -> Record:
         """Push; where features are computed once, the last layer's passes see those of the push."""
@@ -195,36 +166,32 @@ class _Phases:
         places = torch.stack([self.network.image, self.network.position]).unique(dim=1)
         return {"moved": moved.mean().item(), "distinct": places.shape[1]}
 
-    def _batches(self, phase: str, step: int) -> Batches:
+    def _anew(self, phase: str, step: int) -> Batches:
         """Batches at the depth where a phase begins to train: x(B) (warm, joint) or smallest distances (last)."""
-        batch_size = self.options.batch_size
-        if phase != "joint" and self.options.frozen_features == "once":
-            kept, labels = self._once(phase), self.dataset.train.labels
-            for index in shuffled(len(labels), batch_size, epoch_generator(self.seed, step)):
-                yield kept[index.to(kept.device)], labels[index].to(kept.device)
-            return
         self.kept = {}
-        device = self.network.train().prototypes.device
+        self.network.train()
         generator = epoch_generator(self.seed, step + AFFINE_STEP)
-        autocast = phase == "joint" and self.dtype != torch.float32
-        for x, label in training_batches(self.dataset, batch_size, self.seed, step, **self.augmentation, device=device):
+        joint = phase == "joint"
+        for x, label in self.batches(step):
             if self.options.affine:
                 x = affine(x, generator)
-            with torch.set_grad_enabled(phase == "joint"), torch.autocast(device.type, self.dtype, enabled=autocast):
-                x = self.network.features(x)
-            x = x.float()
-            if phase == "last":
-                with torch.no_grad():
+            with torch.set_grad_enabled(joint):
+                with self.autocast(joint):
+                    x = self.network.features(x)
+                x = x.float()
+                if phase == "last":
                     x = self.network.smallest(self.network.add_on(x))
             yield x, label
 
-    @torch.no_grad()
-    def _once(self, phase: str) -> Tensor:
+    def _once(self, phase: str, step: int) -> Batches:
+        """The same in another order, kept since the phase began."""
         if phase not in self.kept and phase == "warm":
             self.kept = {phase: torch.cat(list(features(self.network, self.dataset, "train")))}
         elif phase not in self.kept:  # resumed after the push
             self.kept = {phase: self._smallest(latents(self.network, self.dataset, "train"))}
-        return self.kept[phase]
+        kept, labels = self.kept[phase], self.dataset.train.labels
+        for index in shuffled(len(labels), self.options.batch_size, epoch_generator(self.seed, step)):
+            yield kept[index.to(kept.device)], labels[index].to(kept.device)
 
     @torch.no_grad()
     def _smallest(self, grids: Iterable[Tensor]) -> Tensor:

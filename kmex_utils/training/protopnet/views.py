@@ -18,9 +18,8 @@ BOXES = ("patch", "activation")
 class Activated:
     """A prototype that an image activates, and the training patch it came from.
 
-    ``activation`` [S, S], the similarities upsampled (bicubic), and the ``box`` of the most similar patch; ``source``
-    uint8 [S, S, 3], the training image of the prototype, with its own box, and its ``index``; ``similarity`` times
-    ``weight`` are the ``points`` the prototype adds to the explained class.
+    ``activation`` [S, S], the similarities upsampled (bicubic), and the ``box`` of the most similar patch; ``index`` of
+    the training image it came from, ``source`` uint8 [S, S, 3], with its own box.
     """
 
     prototype: int
@@ -29,13 +28,13 @@ class Activated:
     weight: float
     activation: np.ndarray
     box: Box
+    index: int
     source: np.ndarray
     source_box: Box
-    index: int
 
     @property
     def points(self) -> float:
-        """What the prototype adds to the class."""
+        """What the prototype adds to the explained class."""
         return self.similarity * self.weight
 
 
@@ -47,9 +46,7 @@ def most_activated(
     target: int | None = None,
     box: str = "patch",
 ) -> tuple[int, list[Activated]]:
-    """The prototypes that an image activates most, as *this looks like that* shows them.
-
-    Returns the class and the prototypes in falling order of similarity.
+    """The class and the prototypes that an image activates most, as *this looks like that* shows them.
 
     Parameters
     ----------
@@ -67,20 +64,11 @@ def most_activated(
     j = int((weight @ similarity).argmax()) if target is None else target
     activated = []
     for k in similarity.argsort(descending=True, stable=True)[:count].tolist():
+        name, points = dataset.classes[int(network.labels[k])], (float(similarity[k]), float(weight[j, k]))
+        activation = upsampled(maps[k], dataset.input.image_size)
+        here = _boxed(maps[k], int(maps[k].argmax()), network, dataset, box)
         index, source, source_box = prototype_source(network, dataset, k, box)
-        activated.append(
-            Activated(
-                prototype=k,
-                class_name=dataset.classes[int(network.labels[k])],
-                similarity=float(similarity[k]),
-                weight=float(weight[j, k]),
-                activation=upsampled(maps[k], dataset.input.image_size),
-                box=_boxed(maps[k], int(maps[k].argmax()), network, dataset, box),
-                source=source,
-                source_box=source_box,
-                index=index,
-            )
-        )
+        activated.append(Activated(k, name, *points, activation, here, index, source, source_box))
     return j, activated
 
 
@@ -134,8 +122,8 @@ def upsampled(activation: torch.Tensor, size: int) -> np.ndarray:
     return F.interpolate(activation[None, None], (size, size), mode="bicubic", align_corners=False)[0, 0].numpy()
 
 
-def activated_box(activation: np.ndarray, percentile: float = 95) -> Box:
-    """The smallest box that holds all of a map at or above a percentile of it."""
-    high = activation >= np.percentile(activation, percentile)
+def activated_box(activation: np.ndarray) -> Box:
+    """The smallest box that holds the highest 5 % of a map."""
+    high = activation >= np.percentile(activation, 95)
     rows, columns = (np.flatnonzero(high.any(axis)) for axis in (1, 0))
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
