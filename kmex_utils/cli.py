@@ -111,6 +111,9 @@ def explain(options: argparse.Namespace) -> int:
     """Explain a network on a folder of images: prototypes, a table of cosines and accuracy, panels, a report."""
     if options.out.exists() and not options.resume:
         raise FileExistsError(f"{options.out} exists: choose another --out, or give --resume to go on in it")
+    folder = Path(options.folder).expanduser()
+    if not folder.is_dir():  # before the network's weights are downloaded
+        raise FileNotFoundError(f"{folder} does not exist or is not a folder: give a folder of images")
     from .explanation import fit
     from .networks.network import network
 
