@@ -131,7 +131,7 @@ rule all:
 
 
 rule train:
-    """01: the backbone, its embeddings and accuracy."""
+    """01: the network, its embeddings and accuracy."""
     input:
         code=code("01_train"),
     output:

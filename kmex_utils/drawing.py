@@ -75,10 +75,15 @@ def palette(count: int) -> list[Colour]:
     return list(husl_palette(count, s=0.85, l=0.6))
 
 
+def literal(words: str) -> str:
+    """Words for a figure as they are: matplotlib would set what lies between two $ as a formula."""
+    return words.replace("$", r"\$")
+
+
 def short(name: str, limit: int = 14) -> str:
     """A class name for a figure: spaces for underscores, cut with an ellipsis to ``limit`` characters."""
     name = name.replace("_", " ")
-    return name if len(name) <= limit else name[: limit - 1] + "…"
+    return literal(name if len(name) <= limit else name[: limit - 1] + "…")
 
 
 @styled

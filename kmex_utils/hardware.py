@@ -2,10 +2,13 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -28,13 +31,51 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Computation that repeats itself: cuDNN deterministic (same settings, same tables), float32 without TF32.
+    """Computation that repeats itself: cuDNN deterministic (same settings, same tables), float32 in full.
 
-    The process's own flags come back afterwards. Also usable as a decorator.
+    Neither convolutions nor matrix products round to TF32 or bfloat16. The process's own flags come back afterwards.
+    Also usable as a decorator.
     """
     cudnn = torch.backends.cudnn
-    with cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=True, allow_tf32=False):
+    switches = _precision_switches()
+    deterministic, precisions = cudnn.deterministic, [switch.fp32_precision for switch in switches]
+    tf32, matmul = _agreed(lambda: cudnn.allow_tf32), _agreed(torch.get_float32_matmul_precision)
+    try:
+        cudnn.deterministic = True
+        if tf32:
+            cudnn.allow_tf32 = False
+        if matmul not in (None, "highest"):
+            torch.set_float32_matmul_precision("highest")
+        for switch in switches:
+            if switch.fp32_precision not in ("ieee", "none"):  # what is full already goes on following its parent
+                switch.fp32_precision = "ieee"
         yield
+    finally:
+        cudnn.deterministic = deterministic
+        if tf32:
+            cudnn.allow_tf32 = tf32
+        if matmul not in (None, "highest"):
+            torch.set_float32_matmul_precision(matmul)
+        for switch, precision in zip(switches, precisions, strict=True):
+            if switch.fp32_precision != precision:
+                switch.fp32_precision = precision
+
+
+def _precision_switches() -> list[Any]:
+    """Objects whose ``fp32_precision`` is that of one kind of operation; none before PyTorch 2.9."""
+    backends: Any = torch.backends
+    if not hasattr(backends, "fp32_precision"):
+        return []
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    return [cudnn.conv, cudnn.rnn, backends.cuda.matmul, mkldnn.conv, mkldnn.matmul]
+
+
+def _agreed(read: Callable[[], T]) -> T | None:
+    """An older flag; None where the switches were set otherwise, when PyTorch refuses to read it."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
 
 
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:

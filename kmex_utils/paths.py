@@ -4,7 +4,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-NOTEBOOKS = ROOT / "notebooks"  # 01_train.py/.ipynb … in the paper's order
 DATA = ROOT / "data"  # the embedded digits; downloads and decoded images land here
 MNIST_MINI = DATA / "mnist-mini.npz"
 FIGURES = ROOT / "figures"  # <dataset>/table1.csv, figure1.png …
@@ -14,3 +13,9 @@ RUNS = ROOT / "runs"  # <dataset>/seed-<seed>/: weights, embeddings, prototypes,
 def resolve(path: str | Path) -> Path:
     """An absolute path; ``~`` is expanded and relative paths start at the repository's root."""
     return ROOT / Path(path).expanduser()
+
+
+def located(path: str | Path) -> Path:
+    """The absolute path: seen from the working directory or, if nothing is there, from the repository's root."""
+    here, in_repository = Path(path).expanduser(), resolve(path)
+    return in_repository if in_repository.exists() and not here.exists() else here.absolute()

@@ -101,8 +101,8 @@ drawing.image_grid([images.train.rgb(i) for i in first], [images.classes[images.
 # %%
 from kmex_utils import hardware, networks
 
-device = hardware.pick_device(device)
-threads = hardware.set_threads(threads)
+device, threads = hardware.pick_device(device), hardware.set_threads(threads)
+precision = str(hardware.training_dtype(precision, device)).removeprefix("torch.")  # as resolved
 weights = weights or recipe.weights
 network = networks.for_training(arch, images.classes, weights, images.input, arch_args=arch_args, seed=seed, bias=bias)
 blocks = network.activations(images.input(images.train.pixels[:2]))
@@ -167,7 +167,8 @@ reached = {split: accuracy(y[split].argmax(1), labels[split]) for split in z}
 {held_out_as if split == "test" else split: f"{value:.2f} %" for split, value in reached.items()}
 
 # %%
-trained = {"schedule": asdict(schedule), "precision": precision, "history": history, "machine": hardware.machine()}
+computed = {"precision": precision, "device": device.type, "machine": hardware.machine()}
+trained = {"schedule": asdict(schedule), **computed, "history": history}
 run.save_training(network, images, {**made_by, **trained, "prototypes_per_class": recipe.prototypes_per_class})
 run.save_embeddings(**{split: (z[split], labels[split]) for split in z})
 run.save_results(

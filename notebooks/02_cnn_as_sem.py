@@ -74,7 +74,7 @@ assert residual < 1e-5
 # %%
 import matplotlib.pyplot as plt
 
-from kmex_utils.drawing import STYLE, palette
+from kmex_utils.drawing import STYLE, literal, palette
 
 plt.style.use(STYLE)
 
@@ -87,10 +87,10 @@ order = shares.sum((1, 2)).argsort(descending=True)[:5].tolist()
 limit = shares[order].abs().max()
 figure, axes = plt.subplots(1, len(order) + 1, figsize=(1.7 * (len(order) + 1), 2.1))
 axes[0].imshow(images.test.rgb(image))
-axes[0].set_title(f"is {images.classes[images.test.labels[image]]}")
+axes[0].set_title(literal(f"is {images.classes[images.test.labels[image]]}"))
 for panel, j in zip(axes[1:], order, strict=True):
     shown = panel.imshow(shares[j], cmap="RdBu_r", vmin=-limit, vmax=limit)
-    panel.set_title(f"{images.classes[j]}: {shares[j].sum():+.1f}")
+    panel.set_title(literal(f"{images.classes[j]}: {shares[j].sum():+.1f}"))
 for panel in axes:
     panel.set_axis_off()
 figure.colorbar(shown, ax=axes, shrink=0.7, label="$h_r \\cdot c_j / R$")
@@ -122,10 +122,10 @@ off_diagonal = between[~torch.eye(len(c), dtype=bool)]
 low, mean, high = off_diagonal.min(), off_diagonal.mean(), off_diagonal.max()
 print(f"cosine between two columns: mean {mean:+.2f}, from {low:+.2f} to {high:+.2f}")
 figure, axes = plt.subplots(figsize=(6, 2.2))
-own = cosine[torch.arange(len(z)), labels]
-axes.hist(own, 60, density=True, alpha=0.8, color=palette(2)[0], label="own class")
-others = cosine[torch.arange(len(z)), (labels + 1) % len(c)]
-axes.hist(others, 60, density=True, alpha=0.8, color=palette(2)[1], label="another class")
+in_class = cosine[torch.arange(len(z)), labels]
+axes.hist(in_class, 60, density=True, alpha=0.8, color=palette(2)[0], label="own class")
+in_next = cosine[torch.arange(len(z)), (labels + 1) % len(c)]
+axes.hist(in_next, 60, density=True, alpha=0.8, color=palette(2)[1], label="another class")
 axes.set_xlabel("cosine of an embedding with a column $c_j$")
 axes.set_yticks([])
 axes.legend()

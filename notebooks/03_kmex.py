@@ -93,10 +93,10 @@ from kmex_utils.drawing import image_grid
 
 shown = max(k for k in choices if k <= 10) if min(choices) <= 10 else min(choices)
 p = explained.kmex[shown].prototypes
-some = [k for k in range(len(p)) if p.labels[k] < 10]
+of_ten_classes = [k for k in range(len(p)) if p.labels[k] < 10]
 share = p.sizes / p.sizes.view(-1, shown).sum(1).repeat_interleave(shown)
 image_grid(
-    [images.train.rgb(int(p.image[k])) for k in some],
-    [f"{images.classes[p.labels[k]]}: {100 * share[k]:.0f} %" for k in some],
+    [images.train.rgb(int(p.image[k])) for k in of_ten_classes],
+    [f"{images.classes[p.labels[k]]}: {100 * share[k]:.0f} %" for k in of_ten_classes],
     columns=shown if shown > 5 else 2 * shown,
 )

@@ -88,6 +88,7 @@ if box not in protopnet.BOXES:
 if not 0 <= image < len(images.test):
     raise ValueError(f"image must be an index of the {len(images.test)} test images, got {image}")
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
+precision = str(hardware.training_dtype(precision, device)).removeprefix("torch.")  # as resolved
 
 # %% [markdown]
 # ## Options
@@ -248,7 +249,8 @@ figures.most_activated(images.test.rgb(image), images.classes[j], activated, f"{
 
 # %%
 memory = hardware.peak_memory()
-trained_as = {**made_by, "precision": precision, "history": history, "embedding": embedding, "restarts": restarts}
+trained_as = {**made_by, "history": history, "embedding": embedding, "restarts": restarts}
+trained_as |= {"precision": precision, "device": device.type}
 trained_as |= {"machine": hardware.machine(), "peak_memory_gib": memory}
 protopnet.save(run, network, options, trained_as)
 run.save_embeddings("ProtoPNet-embeddings", **{split: (z[split], labels[split]) for split in z})

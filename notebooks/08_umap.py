@@ -143,9 +143,9 @@ centre = np.stack([train[0][train[1] == i].mean(0) for i in range(len(names))])
 radius = np.array([np.sqrt(((train[0][train[1] == i] - centre[i]) ** 2).sum(1).mean()) for i in range(len(names))])
 rows = []
 for name, (vectors, classes) in prototypes.items():
-    found = train[1][near.kneighbors(vectors, return_distance=False)]
+    neighbours = train[1][near.kneighbors(vectors, return_distance=False)]
     distance = np.linalg.norm(vectors - centre[classes], axis=1) / radius[classes]
-    rows.append((name, 100 * (found == classes[:, None]).mean(), np.median(distance), distance.max()))
+    rows.append((name, 100 * (neighbours == classes[:, None]).mean(), np.median(distance), distance.max()))
 columns = ["prototypes", "own class among 10 nearest (%)", "distance to class mean, median (radii)", "maximum (radii)"]
 numbers = pd.DataFrame(rows, columns=columns)
 with replacing(paths.resolve(figures_folder) / dataset / f"{stem}.csv") as temporary:

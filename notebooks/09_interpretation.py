@@ -18,7 +18,7 @@
 # # 9. The interpretation process (Figure 1)
 #
 # Each image receives two explanations. The *explanation map* shows which prototype each position is closest to. The
-# *attribution* says how much each segment speaks for the backbone's class $j$ (eq. 11),
+# *attribution* says how much each segment speaks for the network's class $j$ (eq. 11),
 #
 # $$\mathrm{att}(h_{wh}, c_j) = \frac{h_{wh}\cdot c_j}{\lVert c_j\rVert^2},$$
 #
@@ -29,7 +29,7 @@
 dataset: str = "mnist-mini"  # as in 01_train
 seed: int = 0  # of the training to explain
 image: int = 7  # index in the test split
-target: str = ""  # class to attribute to; empty: the backbone's prediction
+target: str = ""  # class to attribute to; empty: the network's prediction
 start_blocks: list[int] = [4, 2]  # explainers drawn from left to right: 4 is B4, 2 is B234
 baseline: bool = False  # also draw the prototypes of ProtoPNet (05_protopnet) that the image activates most
 attribution_start: str = "segments"  # att(4:) averaged over B4's segments, or raw: eq. 11 as it is
@@ -100,7 +100,7 @@ from kmex_utils.training import protopnet
 
 if baseline:
     j = explained.target(target, explained.seen(picture))
-    learned = protopnet.load(run)
+    learned = protopnet.load(run.network(), *run.part("ProtoPNet", "05_protopnet"))
     j, activated = protopnet.most_activated(learned, images, images.test.pixels[image], target=j if target else None)
     title = f"ProtoPNet: {dataset}, test image {image} ({truth})"
     figure = figures.most_activated(images.test.rgb(image), images.classes[j], activated, title)

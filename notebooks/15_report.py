@@ -96,9 +96,9 @@ import pandas as pd
 
 from kmex_utils.paper import claims
 
-own = {d: report.own_prototypes_per_class(runs, d) for d in datasets}
+k_over_c = {d: report.own_prototypes_per_class(runs, d) for d in datasets}
 records = {d: pd.concat([pd.read_csv(folder / d / f"table{i}-seeds.csv") for i in (1, 2)]) for d in datasets}
-relations = pd.concat([claims.check_relations(records[d], d, own[d]) for d in datasets])
+relations = pd.concat([claims.check_relations(records[d], d, k_over_c[d]) for d in datasets])
 relations.round(2)
 
 # %% [markdown]
@@ -128,7 +128,7 @@ from kmex_utils.paper import ledger
 
 read = {path.parent.name: pd.read_csv(path) for d in datasets for path in (folder / d).glob("ledger.csv")}
 depths = {path.parent.name: pd.read_csv(path) for d in datasets for path in (folder / d).glob("depth.csv")}
-scales = {d: ledger.ledger_of_depth(depth, own[d]) for d, depth in depths.items()}
+scales = {d: ledger.ledger_of_depth(depth, k_over_c[d]) for d, depth in depths.items()}
 ledgers = {d: scale for d, scale in scales.items() if {"", "1"} <= {*scale.option}} | read
 prices = [ledger.prices(ledgers[d], records[d], d) for d in datasets if d in ledgers]
 prices = pd.concat(prices, ignore_index=True) if prices else pd.DataFrame()

@@ -54,7 +54,7 @@ def test_the_workflow_gives_only_parameters_the_notebooks_take(name, tmp_path):
     assert len({notebook for notebook, _ in commands}) == 14, "all but the one for your own model"
     trained, averaged = {}, {}
     for notebook, given in commands:
-        takes = papermill.inspect_notebook(str(paths.NOTEBOOKS / f"{notebook}.ipynb"))
+        takes = papermill.inspect_notebook(str(NOTEBOOKS / f"{notebook}.ipynb"))
         (parameters,) = [json.loads(part) for part in shlex.split(given)]
         assert set(parameters) <= set(takes), notebook
         if notebook == "01_train":
@@ -72,7 +72,7 @@ def test_what_the_configuration_may_set_exists(tmp_path):
     text = (paths.ROOT / "Snakefile").read_text()
     takes = eval(re.search(r"TAKES = (\{.*?\n\})", text, re.S).group(1))
     for notebook, names in takes.items():
-        assert set(names) <= set(papermill.inspect_notebook(str(paths.NOTEBOOKS / f"{notebook}.ipynb"))), notebook
+        assert set(names) <= set(papermill.inspect_notebook(str(NOTEBOOKS / f"{notebook}.ipynb"))), notebook
     wrong = configuration(tmp_path, {"epoch": 3})
     done = batch(tmp_path, wrong, "--dry-run")
     assert done.returncode != 0 and "no notebook takes epoch" in done.stdout

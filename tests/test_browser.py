@@ -46,7 +46,7 @@ def material(tmp_path_factory):
 def notebook(material):
     """Notebook 12 with its parameters set, not yet run."""
     given = GIVEN | {name: str(material / file) for name, file in PATHS.items()}
-    source = paths.NOTEBOOKS / "12_your_own_model.ipynb"
+    source = NOTEBOOKS / "12_your_own_model.ipynb"
     papermill.execute_notebook(str(source), str(material / "own.ipynb"), given, prepare_only=True, progress_bar=False)
     return "own.ipynb"
 

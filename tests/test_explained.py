@@ -411,3 +411,128 @@ def test_a_killed_save_is_refused_and_saved_again(explained, photos, tmp_path, m
             kmex.load(tmp_path, copy.deepcopy(explained.network.module))
     again = kmex.load(explained.save(tmp_path), copy.deepcopy(explained.network.module))
     assert set(again.explainers) == {2, 3, 4} and set(again.kmex) == {1, 3}
+
+
+def test_damaged_parts_are_one_line(explained, resnet, tmp_path):
+    from kmex_utils import store
+
+    explained.save(tmp_path)
+    path = tmp_path / "B4.safetensors"
+    whole, made = store.load_tensors(path)
+    other = torch.zeros(1, dtype=torch.int64)
+    tensors = [
+        ({"vectors": whole["vectors"][:, :5]}, "channels, not 512"),
+        ({"labels": whole["labels"] + 7}, "not 3 prototypes for each of 2 classes"),
+        ({"patches": whole["patches"][:100]}, "does not hold prototypes of this network"),
+        ({"patch_sizes": other}, "does not hold prototypes of this network"),
+    ]
+    settings = [
+        ({"start_block": 9}, "does not hold prototypes of this network"),
+        ({"start_block": "2"}, "does not hold prototypes of this network"),
+        ({"start_block": 3}, "its name is of another explainer"),
+        ({"norm": "row"}, "norm must be one of"),
+        ({"classes": ["a", "b"]}, "is of other classes"),
+    ]
+    cases = [(whole | change, made, message) for change, message in tensors]
+    cases += [(whole, made | change, message) for change, message in settings]
+    cases += [(whole, {key: value for key, value in made.items() if key != "classes"}, "is of other classes")]
+    for changed, said, message in cases:
+        store.save_tensors(path, changed, said)
+        with pytest.raises(ValueError, match=message) as error:
+            kmex.load(tmp_path, module=resnet.module)
+        assert "B4.safetensors" in str(error.value)
+
+
+def test_images_for_another_network_are_refused(explained, resnet, photos, tmp_path):
+    explained.save(tmp_path)
+    other = data.load(photos, data.Input(32, *MEAN_AND_STD), held_out=0.2, data=None)
+    with pytest.raises(ValueError, match="image size and normalisation are not the network's"):
+        kmex.load(tmp_path, module=resnet.module, images=other)
+
+
+def test_a_users_own_weights_are_never_overwritten(photos, tmp_path):
+    """A file of the name that save writes, which save did not write, is refused before anything is."""
+    from torchvision.models import resnet18
+
+    torch.manual_seed(1)
+    module = resnet18(num_classes=2)
+    torch.save(module.state_dict(), tmp_path / "weights.safetensors")
+    before = (tmp_path / "weights.safetensors").read_bytes()
+    network = kmex.network(module, classes=["flower", "temple"], image_size=SIZE)
+    options = {"prototypes_per_class": 1, "restarts": 1, "device": "cpu", "log": str, "start_block": 4}
+    with pytest.raises(FileExistsError, match="is not of a network saved here: choose another folder"):
+        kmex.explain(network, photos, **options).save(tmp_path)
+    assert (tmp_path / "weights.safetensors").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_a_network_that_trains_on_is_neither_drawn_nor_saved_as_it_was(resnet, photos, new_image, tmp_path):
+    """Panels use running statistics, whatever mode the user's module is in; changed weights are refused by save."""
+    mine = kmex.network(copy.deepcopy(resnet.module), classes=["flower", "temple"], image_size=SIZE)
+    options = {"prototypes_per_class": 1, "restarts": 1, "device": "cpu", "log": str, "start_block": 4}
+    explained = kmex.explain(mine, photos, **options)
+    y, weights = explained.seen(explained.picture(new_image)).y, mine.fingerprint
+    mine.module.train()
+    with Image.open(new_image) as image:
+        again = explained.seen(explained.picture(image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
+        mine.module.train()
+        turned = explained.see(explained.picture(image).pixels[None])
+    torch.testing.assert_close(turned.y, y)
+    assert mine.fingerprint == weights and again.y.shape == y.shape
+    with torch.no_grad():
+        mine.module.fc.weight.mul_(2)
+    with pytest.raises(ValueError, match="weights of ResNet are no longer those explained"):
+        explained.save(tmp_path)
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.2])
+def test_nothing_held_out(resnet, photos, tmp_path, held_out):
+    """Asked for, or because no class has images to spare."""
+    for name in ("flower", "temple"):
+        (tmp_path / name).mkdir()
+        for file in sorted((photos / name).iterdir())[:4]:
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    options = {"prototypes_per_class": 2, "restarts": 1, "device": "cpu", "log": str}
+    explained = kmex.explain(resnet, tmp_path, held_out=held_out, **options)
+    assert len(explained.dataset.test) == 0 and len(explained.dataset.train) == 8
+    assert "accuracy, held out (%)" not in explained.table
+    assert explained.table.loc["B234", "accuracy, images of the prototypes (%)"] >= 50
+    assert len(explained.interpretations(0)) == 2
+
+
+def test_what_was_held_out_is_what_is_recorded(resnet, photos, tmp_path):
+    """The folder's own test split is used, whatever share was asked for."""
+    for split in ("train", "test"):
+        for name in ("flower", "temple"):
+            (tmp_path / split / name).mkdir(parents=True)
+            files = sorted((photos / name).iterdir())
+            for file in files[:8] if split == "train" else files[8:]:
+                (tmp_path / split / name / file.name).write_bytes(file.read_bytes())
+    options = {"prototypes_per_class": 1, "restarts": 1, "device": "cpu", "log": str, "start_block": 4}
+    explained = kmex.explain(resnet, tmp_path, held_out=0.5, **options)
+    assert len(explained.dataset.test) == 8 and explained.settings["held_out"] == 0
+
+
+def test_embeddings_alone_have_no_views(explained, tmp_path):
+    alone = Explained(explained.network, explained.dataset, explained.settings)
+    alone.add_kmex(explained.kmex[1], seed=0, restarts=1)
+    for view in (
+        lambda: alone.panel(0),
+        lambda: alone.explorer(),
+        lambda: alone.report(tmp_path / "report.html"),
+        lambda: alone.export(tmp_path / "maps", maps="png"),
+    ):
+        with pytest.raises(ValueError, match="no prototypes of the encoder"):
+            view()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_found_from_anywhere(explained, resnet, tmp_path, monkeypatch):
+    """Relative to where one is or, if nothing is there, to the repository's root, as networks and weights are."""
+    explained.save(tmp_path / "kept")
+    monkeypatch.chdir(tmp_path)
+    assert kmex.load("kept", resnet.module).start_blocks == [4, 3, 2]
+    monkeypatch.setattr("kmex_utils.paths.ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path / "kept")
+    assert kmex.load("kept", resnet.module).start_blocks == [4, 3, 2]
+    assert kmex.load(".", resnet.module).start_blocks == [4, 3, 2]

@@ -413,8 +413,8 @@ def test_weights_of_the_library_are_named_not_stored(tmp_path, monkeypatch):
     pretrained = network("resnet18", image_size=64)
     assert pretrained.named and pretrained.classes[0] == "tench" and not pretrained.assumed
     folder, x = tmp_path / "saved", noise(pretrained)
-    folder.mkdir()
-    (folder / "weights.safetensors").touch()  # of what was saved there before
+    for_training("resnet18", CLASSES, "scratch", pixels(64)).save(folder)
+    assert (folder / "weights.safetensors").exists(), "of what was saved there before"
     pretrained.save(folder)
     assert not (folder / "weights.safetensors").exists() and load(folder)(x).equal(pretrained(x))
     load(folder).save(tmp_path / "again")

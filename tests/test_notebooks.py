@@ -20,7 +20,7 @@ from kmex_utils.method.measures import accuracy
 from kmex_utils.paper import ledger as open_choices
 from kmex_utils.paper.runs import Run
 
-ALL = sorted(path.stem for path in paths.NOTEBOOKS.glob("*.py"))
+ALL = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
 TINY = {
     "01_train": dict(image_size=32, images_per_class=20, arch="resnet18", epochs=2, batch_size=20, precision="float32"),
     "04_encoder": dict(start_blocks=[4, 3, 2], prototypes_per_class=2, restarts=2),
@@ -38,17 +38,17 @@ ON_THEIR_OWN = ["11_scaling", "12_your_own_model"]
 
 @pytest.mark.parametrize("name", ALL)
 def test_pairs_are_in_sync_and_without_output(name):
-    notebook = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4)
-    script = jupytext.read(paths.NOTEBOOKS / f"{name}.py")
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    script = jupytext.read(NOTEBOOKS / f"{name}.py")
     cells = [[(c.cell_type, c.source, c.metadata.get("tags", [])) for c in pair.cells] for pair in (notebook, script)]
     assert cells[0] == cells[1], f"run: jupytext --sync notebooks/{name}.py"
     assert not any(cell.get("outputs") for cell in notebook.cells)
-    assert "jupytext_version:" not in (paths.NOTEBOOKS / f"{name}.py").read_text()
+    assert "jupytext_version:" not in (NOTEBOOKS / f"{name}.py").read_text()
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_parameters_read_like_a_manual(name):
-    found = papermill.inspect_notebook(str(paths.NOTEBOOKS / f"{name}.ipynb"))
+    found = papermill.inspect_notebook(str(NOTEBOOKS / f"{name}.ipynb"))
     for parameter in found.values():
         assert parameter["inferred_type_name"] not in ("None", None), parameter
         assert len(parameter["help"]) > 5, parameter
@@ -57,7 +57,7 @@ def test_parameters_read_like_a_manual(name):
 def execute(name, where, **parameters):
     out = where / f"{name}.ipynb"
     return papermill.execute_notebook(
-        str(paths.NOTEBOOKS / f"{name}.ipynb"), str(out), parameters, progress_bar=False, cwd=str(where)
+        str(NOTEBOOKS / f"{name}.ipynb"), str(out), parameters, progress_bar=False, cwd=str(where)
     )
 
 

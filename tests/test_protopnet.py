@@ -10,7 +10,7 @@ that OpenCV upsampled to 56 pixels.
 """
 
 import itertools
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -336,15 +336,15 @@ def test_a_trained_network_comes_back_and_explains(digits, tmp_path):
     made_by = {"arch": "resnet18", "arch_args": {}, "classes": list(digits.classes), "data": digits.settings}
     run.save_training(trained.eval().requires_grad_(False), digits, made_by)
     with pytest.raises(FileNotFoundError, match="run notebook 05_protopnet"):
-        protopnet.load(run)
+        run.part("ProtoPNet", "05_protopnet")
     with pytest.raises(ValueError, match="'imagenet' or 'network', got 'scratch'"):
-        protopnet.start(run, "scratch", 2, QUICK, 3)
-    network = protopnet.start(run, "network", 2, QUICK, 3)
+        protopnet.start(run.network(), "scratch", 2, QUICK, 3)
+    network = protopnet.start(run.network(), "network", 2, QUICK, 3)
     with pytest.raises(ValueError, match="not pushed"):
         protopnet.most_activated(network, digits, digits.test.pixels[0])
     train(network, digits, QUICK, seed=3, checkpoint=tmp_path / "c", made_by={}, log=lambda line: None)
-    protopnet.save(run, network, QUICK, {})
-    again = protopnet.load(run)
+    run.save_part("ProtoPNet", network.state_dict(), {"prototypes_per_class": 2, "options": asdict(QUICK)})
+    again = protopnet.load(run.network(), *run.part("ProtoPNet", "05_protopnet"))
     assert same(network, again)
     j, activated = protopnet.most_activated(again, digits, digits.test.pixels[0], count=20)
     y = again(digits.input(digits.test.pixels[:1]))[0]

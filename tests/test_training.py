@@ -94,7 +94,7 @@ def test_a_killed_run_ends_with_the_same_weights(digits, tmp_path, done):
 
 
 def test_a_killed_run_with_dropout_draws_the_same(digits, tmp_path):
-    """Dropout and stochastic depth draw from the process's random state, which is kept with the weights."""
+    """Dropout and stochastic depth draw from the seed and the epoch, whatever the process has drawn before."""
 
     def with_dropout():
         torch.manual_seed(0)
@@ -103,10 +103,16 @@ def test_a_killed_run_with_dropout_draws_the_same(digits, tmp_path):
         return Network(module, classes=digits.classes, input=digits.input)
 
     whole, _ = fit(digits, tmp_path / "whole.safetensors", network=with_dropout())
+    network = with_dropout()
+    torch.manual_seed(17)
+    state = torch.get_rng_state()
     with pytest.raises(Killed):
-        fit(digits, tmp_path / "cut.safetensors", log=killed_after(1), network=with_dropout())
+        fit(digits, tmp_path / "cut.safetensors", log=killed_after(1), network=network)
+    assert torch.equal(torch.get_rng_state(), state), "the process's random state is left as it was"
     resumed, _ = fit(digits, tmp_path / "cut.safetensors", network=with_dropout())
     assert same(whole, resumed)
+    other, _ = fit(digits, tmp_path / "other.safetensors", network=with_dropout(), seed=4)
+    assert not same(whole, other)
 
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(digits, tmp_path):

@@ -64,9 +64,10 @@ def built(tmp_path_factory):
         assert done.returncode == 0, done.stderr
         return folder / done.stdout.split()[-1]
 
-    with tarfile.open(build("sdist", folder / "sources")) as sdist:
+    archive = build("sdist", folder / "sources")
+    with tarfile.open(archive) as sdist:
         sdist.extractall(folder, filter="data")
-    return build("wheel", folder / "kmex_utils-0.1.0")
+    return build("wheel", archive.with_name(archive.name.removesuffix(".tar.gz")))
 
 
 def needed(names):

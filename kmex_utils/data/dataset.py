@@ -7,7 +7,7 @@ in batches, on the device.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from .. import paths
 from ..store import replacing
-from . import folders, sources
+from . import sources
 from .reading import Reading, read_many
 from .sources import Listing
 
@@ -93,7 +93,7 @@ class Images:
 class Dataset:
     """Images to make prototypes from (``train``) and to measure on (``test``).
 
-    ``settings`` are plain JSON, from which :func:`reopen` gives the same data set; None for a ``torch`` data set.
+    ``settings`` are plain JSON, from which :func:`reopen` gives the same data set; a ``torch`` one names no source there.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Dataset:
     train: Images
     test: Images
     input: Input
-    settings: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def split(self, name: str) -> Images:
         """``train`` or ``test``."""
@@ -186,7 +186,7 @@ def load(
         name, input, place = name or source, input or own_input(source), source
         listing = sources.known(source, downloads, crop)
     elif isinstance(source, str | Path):
-        name, place = name or folders.located(source).resolve().name, _place(source)
+        name, place = name or paths.located(source).resolve().name, _place(source)
         listing = sources.folder(source, needs_labels=needs_labels, strict=strict, log=log)
     else:
         name = name or type(source[0] if isinstance(source, tuple) else source).__name__
@@ -214,15 +214,16 @@ def load(
         raise ValueError(f"no image of class {kept[min(missing)]!r} in {name} can be read")
     settings = {"source": place, "name": name, "crop": crop, "strict": strict, "needs_labels": needs_labels, **choice}
     settings |= {"input": asdict(input), "classes": kept, "data": None if data is None else _place(data)}
-    return Dataset(name, kept, *splits, input, json.loads(json.dumps(settings)) if place else None)
+    settings["held_out"] = held_out if listing.is_test is None else 0.0  # what was done: a test split there is, is used
+    return Dataset(name, kept, *splits, input, json.loads(json.dumps(settings)))
 
 
-def reopen(settings: Mapping[str, Any] | None, **options: Any) -> Dataset:
-    """The data set whose ``settings`` these are (a ``torch`` data set has none, a ValueError).
+def reopen(settings: Mapping[str, Any], **options: Any) -> Dataset:
+    """The data set whose ``settings`` these are (those of a ``torch`` data set do not find it, a ValueError).
 
     ``options``: ``scratch`` and ``log`` of :func:`load`, which says what else is raised.
     """
-    if settings is None:
+    if not settings["source"]:
         raise ValueError("a torch data set is not found by its settings: give it again")
     return replace(load(**{**settings, "input": Input(**settings["input"])}, **options), settings=dict(settings))
 
@@ -278,7 +279,7 @@ def _chosen(
 
 def _place(path: str | Path) -> str:
     """A folder as settings name it: from the repository's root inside it, else absolute or as given."""
-    there = folders.located(path)
+    there = paths.located(path)
     if there.is_relative_to(paths.ROOT):
         return there.relative_to(paths.ROOT).as_posix()
     return str(path if paths.resolve(path) == there else there)

@@ -7,17 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from .. import paths
-
 SPLITS = ("train", "test", "val", "valid", "validation")  # in any case; one of the last four beside train/
 LAYOUTS = "give <class>/*, or train/<class>/* with test/<class>/* (or val/)"
 NO_IMAGES = {".pdf", ".mpg", ".mpeg"}  # Pillow writes these and does not read them
-
-
-def located(folder: str | Path) -> Path:
-    """The absolute path: seen from the working directory or, if nothing is there, from the repository's root."""
-    path, in_repository = Path(folder).expanduser(), paths.resolve(folder)
-    return in_repository if in_repository.exists() and not path.exists() else path.absolute()
 
 
 def listed(folder: str | Path, log: Callable[[str], None] | None = None) -> list[Path]:

@@ -173,7 +173,7 @@ def folder(
     source: str | Path, *, needs_labels: bool, strict: bool, log: Callable[[str], None] | None = None
 ) -> Listing:
     """A folder of images, see :func:`~kmex_utils.data.folders.layout`."""
-    root = folders.located(source)
+    root = paths.located(source)
     if isinstance(source, str) and not root.is_dir() and Path(source).name == source:
         raise ValueError(f"unknown dataset {source!r}: use one of {', '.join(SIZES)}, or give a folder of images")
     files = folders.listed(root, log)

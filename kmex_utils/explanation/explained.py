@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .. import data, networks
+from .. import data, networks, paths
 from ..data import Dataset, reading
 from ..hardware import exact
 from ..method.attribution import attribution, carried
@@ -281,7 +281,7 @@ class Explained:
     @exact()
     def see(self, pixels: np.ndarray, device: torch.device | str = "cpu") -> Seen:
         """What the network and the prototypes make of images, uint8 [n, 1 or 3, S, S]."""
-        x, y = self.network.outputs(self.network.input(pixels, device))
+        x, y = self.network.eval().outputs(self.network.input(pixels, device))
         double = [u.to(double_device(u.device)) for u in x]
         maps = {b: explainer.sim(explainer.h(double)).cpu() for b, explainer in self.explainers.items()}
         return Seen(y.cpu(), x[-1].cpu(), maps)
@@ -293,7 +293,7 @@ class Explained:
     def attributions(
         self, seen: Seen, target: str | int | None = "", start: str = "segments"
     ) -> dict[int, torch.Tensor] | None:
-        """att(b:) by start block, [n, H_b, W_b]; None where eq. 11 does not hold. ``start`` as in ``attributions``."""
+        """att(b:) by start block, [n, H_b, W_b]; None where eq. 11 does not hold. ``start`` as in ``carried``."""
         if not self.network.pooled_linear:
             return None
         predicted = seen.y.argmax(1)
@@ -391,20 +391,21 @@ class Explained:
 
         ``only`` names explainers (``KMEx-5``, ``B234``) to write beside what is there, as notebooks 3 and 4 do.
         """
-        folder, only = Path(folder), list(only)
-        settings = folder / "explained.json"
+        folder, only = Path(folder).expanduser(), list(only)
+        settings, weights = folder / "explained.json", self.network.fingerprint
+        if weights != self.settings["network"]["weights"]:
+            raise ValueError(f"the weights of {self.network.name} are no longer those explained: explain it again")
         if not only:
-            stale = (
-                [*_explainer_files(folder), folder / "table.csv"] if settings.exists() else []
-            )  # not another's files
+            saved_before = settings.exists()  # else the files of those names are not ours
+            stale = [*_explainer_files(folder), folder / "table.csv"] if saved_before else []
+            self.network.save(folder)
             save_json(settings, {"unfinished": True})
             for path in stale:
                 path.unlink(missing_ok=True)
-            self.network.save(folder)
             if self.table is not None:
                 with replacing(folder / "table.csv") as temporary:
                     self.table.to_csv(temporary, float_format="%.6g")
-        of = {"classes": list(self.classes), "weights": self.network.fingerprint}
+        of = {"classes": list(self.classes), "weights": weights}
         for name in only or self._made:
             made = self._made[name]
             b = made.get("start_block")
@@ -438,7 +439,7 @@ class Explained:
         FileNotFoundError, ValueError
             One line: nothing was saved there, a part is damaged or of another network.
         """
-        folder = Path(folder).expanduser()
+        folder = paths.located(folder)
         path = folder / "explained.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no saved explanation: give a folder that explained.save() wrote")
@@ -449,6 +450,8 @@ class Explained:
         if isinstance(images, str | Path):
             how = {key: settings[key] for key in ("held_out", "seed") if key in settings}
             images = data.load(Path(images), network.input, strict=False, needs_labels=False, data=None, **how)
+        if images:
+            check_input(images, network)
         explained, weights = cls(network, images, settings), network.fingerprint
         for path in _explainer_files(folder):
             explained._load_explainer(path, weights)
@@ -462,21 +465,45 @@ class Explained:
         tensors, made = load_tensors(path)
         if made.pop("weights", None) != weights:
             raise ValueError(f"{path} was made from another network: fit it again (notebook 03_kmex or 04_encoder)")
-        if tuple(made.pop("classes")) != self.classes:
+        if made.pop("classes", None) != list(self.classes):
             raise ValueError(f"{path} is of other classes than {path.parent / 'explained.json'}: fit it again")
         self._made[path.stem] = made
+        classes, b = len(self.classes), made.get("start_block")
         try:
-            prototypes, b = _of(Prototypes, tensors), made.get("start_block")
+            prototypes, count = _of(Prototypes, tensors), int(made["prototypes_per_class"])
+            expected = torch.arange(classes).repeat_interleave(count)
+            if path.stem != (f"KMEx-{count}" if b is None else self.name(b)):
+                raise ValueError("its name is of another explainer")
+            if not torch.equal(prototypes.labels, expected) or len(prototypes) != len(expected):
+                raise ValueError(f"not {count} prototypes for each of {classes} classes")
+            channels = sum(self._channels[-1 if b is None else b - 1 :])
+            if prototypes.vectors.shape[1:] != (channels,):
+                raise ValueError(f"prototypes of {list(prototypes.vectors.shape[1:])} channels, not {channels}")
             if b is None:
-                self.kmex[made["prototypes_per_class"]] = KMEx(prototypes, len(self.classes))
+                self.kmex[count] = KMEx(prototypes, classes)
                 return
-            self.explainers[b] = EncoderKMeans(prototypes, len(self.classes), b, _of(Normalisation, made))
+            self.explainers[b] = EncoderKMeans(prototypes, classes, b, _of(Normalisation, made))
             self.nearest[b] = _of(Nearest, tensors, "nearest_")
             patches = tensors["patches"].split(tensors["patch_sizes"].tolist())
+            drawn = zip(self.nearest[b].ranks(), patches, strict=True)
+            self._drawn |= {(b, k, rank): patch.numpy().tobytes() for (k, rank), patch in drawn}
         except KeyError as missing:
             raise ValueError(f"{path} does not hold prototypes: it lacks {missing}") from None
-        for (k, rank), patch in zip(self.nearest[b].ranks(), patches, strict=True):
-            self._drawn[b, k, rank] = patch.numpy().tobytes()
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold prototypes of this network: {error}") from None
+
+    @cached_property
+    @torch.no_grad()
+    def _channels(self) -> list[int]:
+        """D_1 … D_B."""
+        size = self.network.input.image_size
+        return [x.shape[1] for x in self.network.eval().activations(torch.zeros(1, 3, size, size))]
+
+
+def check_input(dataset: Dataset, network: Network) -> None:
+    """Refuse a data set that was loaded for another network."""
+    if replace(dataset.input, fit=network.input.fit) != network.input:
+        raise ValueError("the data set's image size and normalisation are not the network's: load it with the same")
 
 
 def _of(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import cached_property, partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
@@ -15,7 +15,9 @@ from ..drawing import data_url, palette, png
 from .figure1 import COLOURED, GREY
 from .interpretation import Interpretation
 
-Explained = Any  # kmex_utils.explanation.explained.Explained, which imports this module
+if TYPE_CHECKING:
+    from .explained import Explained
+
 HERE = Path(__file__).parent
 PATCH = 96  # pixels of a patch on the screen
 GIVEN = PREDICTED = ""  # the choice of image for one that is not of the data set; of class, for the predicted one
@@ -29,7 +31,7 @@ class Explorer:
     ``selected`` is the prototype clicked, -1 for none.
     """
 
-    def __init__(self, explained: Explained, image: Any = 0, start_block: int = 0) -> None:
+    def __init__(self, explained: "Explained", image: Any = 0, start_block: int = 0) -> None:
         self.explained, self._first = explained, explained.picture(image)
         self._start_block = start_block or explained.start_blocks[-1]
         if self._start_block not in explained.explainers:

@@ -76,7 +76,8 @@ def export(
     """
     if maps not in MAPS:
         raise ValueError(f"maps must be one of {', '.join(MAPS)}, got {maps!r}")
-    if maps == "png" and max(len(e.prototypes) for e in explained.explainers.values()) > WHITE + 1:
+    largest = max(len(explained.explainers[b].prototypes) for b in explained.start_blocks)
+    if maps == "png" and largest > WHITE + 1:
         raise ValueError("more than 65,536 prototypes do not fit a 16-bit PNG: use maps='npz'")
     folder, root = Path(folder).expanduser(), Path(images).expanduser()
     if folder.exists() and not resume:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from ..drawing import Colour, palette, short, styled
+from ..drawing import Colour, literal, palette, short, styled
 from .interpretation import Interpretation, Patch
 
 COLOURED = 10  # largest prototypes, with a colour of their own and a patch: all that the style's palette tells apart
@@ -24,7 +24,7 @@ def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title:
     limit = max(0.0 if i.attribution is None else float(np.abs(i.attribution).max()) for i in interpretations) or 1.0
     figure = plt.figure(figsize=(5.2 * len(interpretations), 4.2))
     if title:
-        figure.suptitle(title)
+        figure.suptitle(literal(title))
     panels = figure.subfigures(1, len(interpretations), squeeze=False, wspace=0.04)[0]
     for panel, interpretation in zip(panels, interpretations, strict=True):
         _draw(panel, image, interpretation, limit)

@@ -15,7 +15,7 @@ from ..method.composite import Normalisation
 from ..method.explainers import block_name
 from ..method.measures import accuracy, cosine_alignment
 from ..networks import Network
-from .explained import Explained
+from .explained import Explained, check_input
 from .passed import Passed
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ def explain(
         log(f"images enter {network.name} as {network.preprocessing()}")
     if isinstance(images, Dataset):
         dataset = images
-        if replace(dataset.input, fit=network.input.fit) != network.input:
-            raise ValueError("the data set's image size and normalisation are not the network's: load it with the same")
+        check_input(dataset, network)
     else:
         source = Path(images) if isinstance(images, str) else images  # a folder, though a data set bears its name
         how: dict[str, Any] = {"held_out": held_out, "seed": seed, "scratch": scratch, "log": log}
@@ -101,7 +100,7 @@ def explain(
         "folder": str(Path(images).expanduser().absolute()) if isinstance(images, str | Path) else "",
         "start_block": first,
         "prototypes_per_class": prototypes_per_class,
-        "held_out": held_out,
+        "held_out": dataset.settings.get("held_out", 0.0),
         **asdict(normalisation),
         "restarts": restarts,
         "seed": seed,

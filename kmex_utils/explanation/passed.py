@@ -117,6 +117,9 @@ class Passed:
     def map(self, explainer: EncoderKMeans, split: str) -> torch.Tensor:
         """q_s(b:) of a split, [N, H', W']."""
         how: dict[str, Any] = {"keep": False, "device": self.device}
+        if not len(self.x[split]):
+            one = self.x["train"].rows(torch.tensor([0]), explainer.start_block, explainer.normalisation, **how)
+            return torch.empty(0, *one.grid, dtype=torch.int64)
         rows = self.x[split].rows(self._all(split), explainer.start_block, explainer.normalisation, **how)
         return explainer.sim(rows).cpu()
 

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -12,7 +12,9 @@ from ..drawing import data_url, png
 from ..store import save_text
 from .figure1 import figure1
 
-Explained = Any  # kmex_utils.explanation.explained.Explained, which imports this module
+if TYPE_CHECKING:
+    from .explained import Explained
+
 TEMPLATE = Path(__file__).with_name("report.html")
 LEVELS = ((112, 85), (88, 75), (64, 60))  # patch size in pixels and WebP quality, tried in order until the file fits
 NOT_SHOWN = ("classes", "data", "folder", "stand_in_classes")  # lists, and paths of the sender's machine
@@ -20,7 +22,7 @@ PANEL_DPI = 120  # 620 pixels a panel, as wide as the page shows it
 
 
 def write(
-    explained: Explained,
+    explained: "Explained",
     path: Path,
     panels: Sequence[Any] = (),
     *,
@@ -72,7 +74,7 @@ def write(
     return path
 
 
-def _page(explained: Explained, title: str, panels: list[dict[str, Any]], classes: list[dict[str, Any]]) -> str:
+def _page(explained: "Explained", title: str, panels: list[dict[str, Any]], classes: list[dict[str, Any]]) -> str:
     from jinja2 import Environment
 
     last = explained.start_blocks[0]
@@ -99,7 +101,7 @@ def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _flat(value) if isinstance(value, Mapping) else [(name, value)]
 
 
-def _class(explained: Explained, c: int, size: int, quality: int) -> dict[str, Any]:
+def _class(explained: "Explained", c: int, size: int, quality: int) -> dict[str, Any]:
     """The prototypes of a class: for each explainer, the most shared first."""
     explainers = {}
     for b in explained.start_blocks:
@@ -112,7 +114,7 @@ def _class(explained: Explained, c: int, size: int, quality: int) -> dict[str, A
     return {"name": explained.classes[c], "images": explained.sharing(b, of_class[0])[1], "explainers": explainers}
 
 
-def _panel(explained: Explained, image: Any, target: str) -> dict[str, Any]:
+def _panel(explained: "Explained", image: Any, target: str) -> dict[str, Any]:
     """Figure 1 of an image with the class it speaks of: uint8 [H, W, 3] from the last block and from the shallowest."""
     picture, names, figures = explained.picture(image), explained.network.classes, {}
     for part in explained.interpretations(picture, (), target):

@@ -27,8 +27,8 @@ def cosine_alignment(
     for j in prototype_labels.unique().tolist():
         member = labels == j
         if not member.any() or member.all():
-            found = f"{int(member.sum())} of {len(member)}"
-            raise ValueError(f"class {j} needs embeddings inside and outside it, found {found}")
+            count = f"{int(member.sum())} of {len(member)}"
+            raise ValueError(f"class {j} needs embeddings inside and outside it, found {count}")
         p = prototypes[prototype_labels == j]
         if pairs == "all":
             mean_p = F.normalize(p, dim=1).mean(0)

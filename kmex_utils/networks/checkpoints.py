@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .. import paths
+
 State = dict[str, Tensor]
 _WRAPPINGS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
@@ -27,7 +29,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 def read_state(path: str | Path) -> State:
     """A state dict from a file, without its wrappings; never unpickles objects. One line says what is wrong with it."""
-    path = Path(path).expanduser()
+    path = paths.located(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: weights is 'imagenet', 'random' or a file with a state dict")
     try:

@@ -212,16 +212,19 @@ class Network(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write ``network.json``, and ``weights.safetensors`` under the library's own names, for :func:`load`.
 
-        A library's weights that were not changed are not written, nor those of a module of your own.
+        A library's weights that were not changed are not written, nor those of a module of your own. A file of that
+        name which this did not write is refused (FileExistsError).
         """
         folder, weights = Path(folder), self.fingerprint
+        if (folder / WEIGHTS).exists() and not (folder / SETTINGS).exists():
+            raise FileExistsError(f"{folder / WEIGHTS} is not of a network saved here: choose another folder")
+        names = ("name", "reference", "blocks", "head", "classes", "named", "assumed")
+        saved = {**{name: getattr(self, name) for name in names}, "input": asdict(self.input)}
+        save_json(folder / SETTINGS, {**saved, "fingerprint": weights, "scores": self._scores()})
         if self.reference is None or self.reference["weights"] == weights:
             (folder / WEIGHTS).unlink(missing_ok=True)
         else:
             save_tensors(folder / WEIGHTS, self.module.state_dict(), self.settings())
-        names = ("name", "reference", "blocks", "head", "classes", "named", "assumed")
-        saved = {**{name: getattr(self, name) for name in names}, "input": asdict(self.input)}
-        save_json(folder / SETTINGS, {**saved, "fingerprint": weights, "scores": self._scores()})
 
     def _scores(self) -> list[list[float]]:
         """Of the first outputs on two images of noise."""
@@ -334,8 +337,8 @@ def _saved_at(model: str | Path) -> Path | None:
     """The folder of a saved network, from where one is or from the repository's root; None for a library's name."""
     if is_timm(str(model)) or is_torchvision(str(model)):
         return None
-    places = (Path(model).expanduser(), paths.resolve(model))
-    return next((place for place in places if (place / SETTINGS).is_file()), None)
+    folder = paths.located(model)
+    return folder if (folder / SETTINGS).is_file() else None
 
 
 def for_training(
@@ -385,7 +388,7 @@ def load(folder: str | Path, module: nn.Module | None = None) -> Network:
     ``module`` is your own, where it is not one of torchvision or timm. What is missing, damaged or differs is one line
     of FileNotFoundError, ValueError or ConnectionError.
     """
-    folder = Path(folder).expanduser()
+    folder = paths.located(folder)
     path = folder / SETTINGS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no saved network: give the folder of a run or of a saved explanation")
@@ -398,7 +401,7 @@ def load(folder: str | Path, module: nn.Module | None = None) -> Network:
         network.named, network.assumed = bool(saved["named"]), tuple(saved["assumed"])
         same_weights = network.fingerprint == saved["fingerprint"]
         expected = torch.tensor(saved["scores"], dtype=torch.float32)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is not of a saved network ({reason(error)}): save it again") from None
     if not same_weights:
         whose = network.name if ours else "your module"

@@ -68,8 +68,8 @@ def relations(prototypes_per_class: int) -> list[Relation]:
     """The paper's findings, for a data set's K/C."""
     models = ("CNN", f"KMEx (K/C={prototypes_per_class})", "B4", "B234", "ProtoPNet")
     cnn, kmex, b4, b234, protopnet = ((model, "accuracy", "test") for model in models)
-    own, others, columns = (("CNN", f"cos_{what}", "train") for what in ("class", "out", "columns"))
-    protopnet_own, protopnet_others = (("ProtoPNet", f"cos_{what}", "train") for what in ("class", "out"))
+    inside, outside, columns = (("CNN", f"cos_{what}", "train") for what in ("class", "out", "columns"))
+    protopnet_inside, protopnet_outside = (("ProtoPNet", f"cos_{what}", "train") for what in ("class", "out"))
     centroids = ("KMEx (K/C=1)", "cos_class", "train")
     to_centroids, apart = "cos class, KMEx (K/C=1) - CNN", "cos class - cos out, ProtoPNet"
     rows: list[tuple[str, str, str, tuple[Key, ...]]] = [
@@ -77,10 +77,10 @@ def relations(prototypes_per_class: int) -> list[Relation]:
         ("B4 stays close to it", "B4 - CNN, points", "at least -4", (b4, cnn)),
         ("B234 gives up more", "B234 - B4, points", "below 0: its sign", (b234, b4)),
         ("ProtoPNet is not better than the CNN", "ProtoPNet - CNN, points", "at most 0", (protopnet, cnn)),
-        ("centroids point into their class, columns less", to_centroids, "above 0", (centroids, own)),
-        ("columns are orthogonal to other classes", "cos out, CNN", "within 0.1", (others,)),
+        ("centroids point into their class, columns less", to_centroids, "above 0", (centroids, inside)),
+        ("columns are orthogonal to other classes", "cos out, CNN", "within 0.1", (outside,)),
         ("columns are nearly orthogonal to each other", "cos between columns, CNN", "within 0.15", (columns,)),
-        ("ProtoPNet's cosines do not tell classes apart", apart, "at most 0.1", (protopnet_own, protopnet_others)),
+        ("ProtoPNet's cosines do not tell classes apart", apart, "at most 0.1", (protopnet_inside, protopnet_outside)),
     ]
     return [Relation(*row) for row in rows]
 

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..drawing import Colour, palette, short, styled
+from ..drawing import Colour, literal, palette, short, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +64,7 @@ def figure2(
     names = [short(name, 24) for name in classes]
     figure.legend(handles, names, loc="outside lower center", ncols=columns, handletextpad=0.1, columnspacing=1.2)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(literal(title))
     return figure
 
 
@@ -130,7 +130,7 @@ def most_activated(image: np.ndarray, class_name: str, activated: Sequence["Acti
     figure.set_layout_engine("constrained", wspace=0.04)
     figure.colorbar(over, ax=rows[:, 0], location="left", shrink=min(1.0, 2.2 / len(activated)), label="similarity")
     if title:
-        figure.suptitle(title)
+        figure.suptitle(literal(title))
     return figure
 
 

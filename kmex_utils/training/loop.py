@@ -101,7 +101,9 @@ class Training:
         saved = time.perf_counter()
         for i in range(len(history), len(titles)):
             start = time.perf_counter()
-            record = step(i)
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(1_000_003 * self.seed + i)  # of dropout: a resumed step draws as it would have
+                record = step(i)
             record["seconds"] = time.perf_counter() - start
             history.append(record)
             if time.perf_counter() - saved >= self.save_after or len(history) == len(titles):
@@ -125,9 +127,6 @@ class Training:
             for parameter, entries in optimizer.state.items():
                 kept = {key: value for key, value in entries.items() if value is not None}
                 tensors |= {f"{kind}|{names[parameter]}|{key}": value for key, value in kept.items()}
-        tensors["random|cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random|cuda"] = torch.cuda.get_rng_state(self.device)
         save_tensors(self.checkpoint, tensors, {"identity": self._identity(), "history": history})
 
     def _resume(self, optimizers: Optimizers, unit: str) -> list[Record]:
@@ -143,10 +142,6 @@ class Training:
             kind, name, *entry = key.split("|")
             if kind == "model":
                 model[name] = value
-            elif key == "random|cpu":
-                torch.set_rng_state(value)
-            elif key == "random|cuda":
-                torch.cuda.set_rng_state(value, self.device)
             else:
                 if value.shape == parameters[name].shape:  # not Adam's count: on the device, in the memory format
                     value = torch.empty_like(parameters[name], requires_grad=False).copy_(value)

@@ -1,7 +1,6 @@
-"""The trainable ProtoPNet, its passes over a data set, and how a run keeps it."""
+"""The trainable ProtoPNet and its passes over a data set."""
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from ...hardware import exact
 from ...method.explainers import ProtoPNet
 from ...networks import Network, for_training
 from .options import Options
-
-Run = Any  # a kmex_utils.paper.runs.Run, of a room that this one does not import
 
 
 class TrainableProtoPNet(nn.Module):
@@ -107,26 +104,25 @@ def evaluate(network: TrainableProtoPNet, dataset: Dataset, split: str) -> tuple
     return torch.cat(predicted), torch.cat(h)
 
 
-def start(run: Run, features_from: str, prototypes_per_class: int, options: Options, seed: int) -> TrainableProtoPNet:
-    """A fresh one; its features start from ``imagenet`` weights (the authors) or the run's trained ``network``."""
+def start(
+    trained: Network, features_from: str, prototypes_per_class: int, options: Options, seed: int
+) -> TrainableProtoPNet:
+    """A fresh one; its features start from ``imagenet`` weights (the authors) or the ``trained`` ``network`` itself."""
     if features_from not in ("imagenet", "network"):
         raise ValueError(f"features_from must be 'imagenet' or 'network', got {features_from!r}")
-    network, trained = run.network(), run.settings()
     if features_from == "imagenet":
-        arch, arguments = trained["arch"], trained["arch_args"]
-        network = for_training(arch, network.classes, "imagenet", network.input, arch_args=arguments)
-    return TrainableProtoPNet(network, prototypes_per_class, options, seed)
+        if trained.reference is None:
+            raise ValueError(f"{trained.name} is of no library that has ImageNet weights: give features_from 'network'")
+        arch, arguments = trained.reference["arch"], trained.reference["arch_args"]
+        trained = for_training(arch, trained.classes, "imagenet", trained.input, arch_args=arguments)
+    return TrainableProtoPNet(trained, prototypes_per_class, options, seed)
 
 
-def save(run: Run, network: TrainableProtoPNet, options: Options, settings: dict[str, Any]) -> None:
-    """Weights and everything that made them, as the run's ``ProtoPNet``."""
-    counts = {"prototypes_per_class": len(network.labels) // network.last.out_features}
-    run.save_part("ProtoPNet", network.state_dict(), {**settings, **counts, "options": asdict(options)})
+def load(network: Network, weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> TrainableProtoPNet:
+    """A trained one, frozen, on the CPU: ``network`` gives the form, ``weights`` all of its state.
 
-
-def load(run: Run) -> TrainableProtoPNet:
-    """The trained one of notebook 05_protopnet, frozen, on the CPU."""
-    tensors, settings = run.part("ProtoPNet", "05_protopnet")
-    network = TrainableProtoPNet(run.network(), settings["prototypes_per_class"], Options(**settings["options"]))
-    network.load_state_dict(tensors)
-    return network.eval().requires_grad_(False)
+    ``settings`` have the ``prototypes_per_class`` and ``options`` (as plain data) it was trained with.
+    """
+    learned = TrainableProtoPNet(network, settings["prototypes_per_class"], Options(**settings["options"]))
+    learned.load_state_dict(weights)
+    return learned.eval().requires_grad_(False)
