@@ -21,6 +21,7 @@ RUN = f"{RUNS}/{{dataset}}/seed-{{seed}}"  # one training
 DATA = f"{RUNS}/{{dataset}}"  # what is drawn from all of a data set's trainings
 TABLES = f"{FIGURES}/{{dataset}}"
 PER_SEED = ["01_train", "02_cnn_as_sem", "03_kmex", "04_encoder", "05_protopnet"]
+TRAININGS = ["01_train", "05_protopnet"]
 STAGES = ["train", "sem", "kmex", "encoder", "protopnet"]
 PER_DATASET = ["06_alignment", "07_accuracy", "08_umap", "09_interpretation"]
 TAKES = {  # parameters a data set's entry in the configuration may set, beside those the rules give
@@ -57,22 +58,17 @@ for name, chosen in DATASETS.items():
         raise WorkflowError(f"no notebook takes {', '.join(sorted(unknown))} (given for {name} in the configuration)")
 
 
-def code(notebook, *views):
-    """A notebook's source and what it imports of the package, without what has no part in the numbers it leaves.
+def code(notebook, *started):
+    """A notebook, what it starts, and what both import; numbers without ``drawing``, trainings without ``paper/`` too.
 
-    ``views`` are imported when they are drawn.
+    ``started`` are files that only a call runs: a script, a view that is imported when it is drawn.
     """
-    without = {"drawing", "figures"} if notebook in PER_SEED else set()
-    if notebook in ("01_train", "05_protopnet"):  # the long ones
-        without |= {"runs"}
-    if notebook == "01_train":
-        without |= {"composite", "kmeans", "operator", "products", "prototypes"}
-    imported = sources(BASE / "notebooks" / f"{notebook}.py", without)
-    return sorted(imported | {BASE / "kmex_utils" / f"{view}.py" for view in views})
+    without = {"drawing", "paper"} if notebook in TRAININGS else {"drawing"} if notebook in PER_SEED else ()
+    return sorted(set().union(*(sources(BASE / file, without) for file in (f"notebooks/{notebook}.py", *started))))
 
 
 def given(notebook, **values):
-    """Parameters of a notebook as YAML for papermill: the rule's and the configuration's."""
+    """Parameters of a notebook as JSON: the rule's and the configuration's."""
 
     def of(wildcards):
         named = {name: value(wildcards) if callable(value) else value for name, value in values.items()}
@@ -115,13 +111,11 @@ def pages(runs, notebooks):
     return [f"{runs}/notebooks/{notebook}.html" for notebook in notebooks]
 
 
-def papermill(notebook):
-    """The command of a rule: a line at start and end, what the notebook prints as it comes, no kernel's chatter."""
+def execute(notebook):
+    """The command of a rule; what each kernel says of itself is left out."""
     chatter = "grep --line-buffered -v -e 'over TCP without encryption' -e 'KeyboardInterrupt caught in kernel' >&2"
     source = shlex.quote(str(BASE / "notebooks" / f"{notebook}.ipynb"))
-    command = f"papermill --no-progress-bar --log-level WARNING --stdout-file >(cat) 2> >({chatter})"
-    command += f" {source} {{log:q}} -y {{params.given}}"
-    return f"echo \"$(date +%T) start {{log}}\"; {command}; echo \"$(date +%T) done  {{log}}, $SECONDS s\""
+    return f"python -m kmex_utils.paper.notebook {source} {{log:q}} {{params.given}} 2> >({chatter})"
 
 
 rule all:
@@ -150,7 +144,7 @@ rule train:
         gpu=1,
     threads: config["threads"]
     shell:
-        papermill("01_train")
+        execute("01_train")
 
 
 rule cnn_as_sem:
@@ -170,7 +164,7 @@ rule cnn_as_sem:
         gpu=1,
     threads: config["threads"]
     shell:
-        papermill("02_cnn_as_sem")
+        execute("02_cnn_as_sem")
 
 
 rule kmex:
@@ -189,7 +183,7 @@ rule kmex:
         f"{RUN}/cost/03_kmex.tsv"
     threads: config["threads"]
     shell:
-        papermill("03_kmex")
+        execute("03_kmex")
 
 
 rule encoder:
@@ -210,7 +204,7 @@ rule encoder:
         gpu=1,
     threads: config["threads"]
     shell:
-        papermill("04_encoder")
+        execute("04_encoder")
 
 
 rule protopnet:
@@ -231,7 +225,7 @@ rule protopnet:
         gpu=1,
     threads: config["threads"]
     shell:
-        papermill("05_protopnet")
+        execute("05_protopnet")
 
 
 rule alignment:
@@ -250,7 +244,7 @@ rule alignment:
         f"{DATA}/cost/06_alignment.tsv"
     threads: config["threads"]
     shell:
-        papermill("06_alignment")
+        execute("06_alignment")
 
 
 rule accuracy:
@@ -269,7 +263,7 @@ rule accuracy:
         f"{DATA}/cost/07_accuracy.tsv"
     threads: config["threads"]
     shell:
-        papermill("07_accuracy")
+        execute("07_accuracy")
 
 
 rule umap:
@@ -289,14 +283,14 @@ rule umap:
         f"{DATA}/cost/08_umap.tsv"
     threads: config["threads"]
     shell:
-        papermill("08_umap")
+        execute("08_umap")
 
 
 rule interpretation:
     """09: Figure 1, of the first seed."""
     input:
         of_first_seed(f"{RUN}/results-encoder.json"),
-        code=code("09_interpretation", "explanation/figure1"),
+        code=code("09_interpretation", "kmex_utils/explanation/figure1.py"),
     output:
         f"{TABLES}/figure1.png",
         f"{TABLES}/figure1.pdf",
@@ -308,7 +302,7 @@ rule interpretation:
         f"{DATA}/cost/09_interpretation.tsv"
     threads: config["threads"]
     shell:
-        papermill("09_interpretation")
+        execute("09_interpretation")
 
 
 rule subset:
@@ -330,7 +324,7 @@ rule subset:
         gpu=1,
     threads: config["threads"]
     shell:
-        papermill("10_subset")
+        execute("10_subset")
 
 
 rule open_choices:
@@ -352,7 +346,7 @@ rule open_choices:
         gpu=1,
     threads: config["threads"]
     shell:
-        papermill("13_open_choices")
+        execute("13_open_choices")
 
 
 rule depth:
@@ -374,7 +368,7 @@ rule depth:
         gpu=1,
     threads: config["threads"]
     shell:
-        papermill("14_depth")
+        execute("14_depth")
 
 
 rule report:
@@ -389,13 +383,13 @@ rule report:
     log:
         f"{RUNS}/{REPORT}/notebooks/15_report.ipynb",
     shell:
-        papermill("15_report")
+        execute("15_report")
 
 
 rule scaling:
     """11: what it costs on this machine, which it wants for itself; asked for by `extras`."""
     input:
-        code=code("11_scaling"),
+        code=code("11_scaling", "benchmarks/scaling.py"),
     output:
         f"{FIGURES}/scaling/fit.csv",
         f"{FIGURES}/scaling/explain.csv",
@@ -408,7 +402,7 @@ rule scaling:
         gpu=1,
     threads: workflow.cores
     shell:
-        papermill("11_scaling")
+        execute("11_scaling")
 
 
 rule extras:

@@ -15,7 +15,7 @@
 # ---
 
 # %% [markdown]
-# # 1. Train the backbone
+# # 1. Train the network
 #
 # The paper starts from a CNN that ends in average pool and a linear layer without bias (eq. 1, 2):
 #

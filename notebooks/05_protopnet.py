@@ -123,7 +123,7 @@ labels = {split: images.split(split).labels for split in ("train", "test")}
 members = [(labels["train"] == c).nonzero().flatten() for c in range(len(images.classes))]
 check_enough(members, images.classes, prototypes_per_class, lambda index: index)  # KMEx below, before the training
 features_from = features_from or ("imagenet" if trained["weights"] == "imagenet" else "network")
-network = protopnet.start(run, features_from, prototypes_per_class, options, seed)
+network = protopnet.start(run.network(), features_from, prototypes_per_class, options, seed)
 grid = network.to(device).eval().features(images.input(images.train.pixels[:1], device)).shape[2:]
 print(f"features from {features_from}; {len(network.labels)} prototypes on a grid of {grid[0]} x {grid[1]} positions")
 if grid.numel() == 1:
@@ -252,7 +252,7 @@ memory = hardware.peak_memory()
 trained_as = {**made_by, "history": history, "embedding": embedding, "restarts": restarts}
 trained_as |= {"precision": precision, "device": device.type}
 trained_as |= {"machine": hardware.machine(), "peak_memory_gib": memory}
-protopnet.save(run, network, options, trained_as)
+run.save_part("ProtoPNet", network.state_dict(), {**trained_as, "options": asdict(options)})
 run.save_embeddings("ProtoPNet-embeddings", **{split: (z[split], labels[split]) for split in z})
 fitted = {"prototypes_per_class": prototypes_per_class, "restarts": restarts}
 run.save_part("ProtoPNet-KMEx", vars(kmex.prototypes), {**fitted, "seed": seed})

@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kmex_utils import data, networks
+from kmex_utils import data, networks, paths
+
+NOTEBOOKS = paths.ROOT / "notebooks"
 
 torch.set_num_threads(1)
 

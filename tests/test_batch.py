@@ -13,9 +13,11 @@ import pandas as pd
 import papermill
 import pytest
 import yaml
+from conftest import NOTEBOOKS
 
 from kmex_utils import paths
 from kmex_utils.paper import batch as workflow
+from kmex_utils.paper.notebook import run as run_notebook
 
 TINY = {
     "image_size": 32,
@@ -50,7 +52,7 @@ def configuration(folder, parameters=TINY, name="mnist-mini", seeds=(0,)):
 def test_the_workflow_gives_only_parameters_the_notebooks_take(name, tmp_path):
     config = paths.ROOT / "config" / f"{name}.yaml"
     text = batch(tmp_path, config, "all", "extras", "--dry-run", "--printshellcmds").stdout
-    commands = re.findall(r"papermill .*/notebooks/(\S+)\.ipynb \S+ -y (.+); echo", text)
+    commands = re.findall(r"paper.notebook .*?/notebooks/(\S+)\.ipynb \S+ ('.+') 2> ", text)
     assert len({notebook for notebook, _ in commands}) == 14, "all but the one for your own model"
     trained, averaged = {}, {}
     for notebook, given in commands:
@@ -94,29 +96,47 @@ def test_a_gpu_is_used_by_one_notebook_at_a_time(gpu, tmp_path, monkeypatch):
 @pytest.mark.batch
 def test_a_notebook_depends_on_what_it_imports(tmp_path):
     """Training on data, networks and the loop; not on the views of an explanation, nor on k-means."""
-    text = batch(tmp_path, configuration(tmp_path), "--dry-run").stdout
+    text = batch(tmp_path, configuration(tmp_path), "all", "extras", "--dry-run").stdout
     of = {
         rule: {file.removeprefix("kmex_utils/") for file in re.findall(rf"{paths.ROOT}/(\S+?\.py)", inputs)}
         for rule, inputs in re.findall(r"^rule (\w+):\n    input: (.+)$", text, re.M)
     }
     data = {"data/__init__.py", "data/dataset.py", "data/reading.py", "networks/watch.py", "networks/checkpoints.py"}
+    views = {f"explanation/{name}.py" for name in ("export", "report", "figure1")} | {"drawing.py", "paper/figures.py"}
     explained = {"method/kmeans.py", "method/products.py", "explanation/passed.py", "explanation/explained.py"}
     for rule, modules in (
-        ("train", data | {"notebooks/01_train.py", "training/sgd.py", "training/loop.py", "training/batches.py"}),
+        ("train", data | {"notebooks/01_train.py", "method/explainers.py", "explanation/activations.py"}),
+        ("train", {"training/sgd.py", "training/loop.py", "training/batches.py"}),
         ("kmex", data | explained),
         ("encoder", data | explained | {"method/composite.py", "paper/runs.py"}),
         ("protopnet", data | {"training/protopnet/schedule.py", "training/loop.py", "method/kmeans.py"}),
+        ("scaling", data | {"benchmarks/scaling.py", "method/kmeans.py", "method/operator.py"}),
         ("accuracy", {"paper/published.py"}),
         ("interpretation", {"explanation/figure1.py", "drawing.py", "method/attribution.py"}),
     ):
         assert modules <= of[rule], rule
     for rule in ("train", "kmex", "encoder", "protopnet"):
-        assert (
-            not {"explanation/export.py", "explanation/report.py", "explanation/figure1.py", "paper/figures.py"}
-            & of[rule]
-        )
+        assert not views & of[rule], rule
     assert not {"method/kmeans.py", "explanation/explained.py", "paper/runs.py"} & of["train"]
+    assert not {"explanation/explained.py", "paper/runs.py", "training/sgd.py"} & of["protopnet"]
     assert not {"training/sgd.py", "training/protopnet/model.py"} & of["encoder"]
+
+
+@pytest.mark.parametrize("silent", [1, 2])
+def test_a_kernel_that_does_not_answer_is_started_once_more(silent, monkeypatch, capsys):
+    answers = iter([RuntimeError("Kernel didn't respond in 60 seconds")] * silent)
+
+    def execute(*_, **__):
+        if error := next(answers, None):
+            raise error
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    if silent == 1:
+        assert run_notebook("01_train.ipynb", "out.ipynb", "{}") == 0
+        assert re.fullmatch(r"\S+ start out.ipynb\n\S+ done  out.ipynb, 0 s\n", capsys.readouterr().out)
+    else:
+        with pytest.raises(RuntimeError, match="respond"):
+            run_notebook("01_train.ipynb", "out.ipynb", "{}")
 
 
 def tables(folder):
@@ -175,8 +195,8 @@ def test_kill_and_resume(tmp_path):
     done = batch(whole, configuration(whole), *only, "--cores", "2")
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()
-    for notebook in ("01_train", "07_accuracy"):
-        assert len([line for line in lines if re.match(rf"\d\d:\d\d:\d\d (start|done) .*/{notebook}.ipynb", line)]) == 2
+    for name in ("01_train", "07_accuracy"):
+        assert len([line for line in lines if re.match(rf"\d\d:\d\d:\d\d (start|done) .*/{name}.ipynb", line)]) == 2
     assert len([line for line in lines if re.match(r"mnist-mini seed 0, epoch \d/3: loss", line)]) == 3
     assert any(re.match(r"CNN +\d+\.\d \(100\.0\) +\d+\.\d \(99\.4\) +0\.\d\d \(0\.48\)", line) for line in lines)
     assert f"Tables and figures: {whole}/figures/mnist-mini/." in done.stdout

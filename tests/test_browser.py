@@ -12,6 +12,7 @@ import numpy as np
 import papermill
 import pytest
 import torch
+from conftest import NOTEBOOKS
 from PIL import Image
 from safetensors.torch import save_file
 

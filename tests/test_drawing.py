@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image
 from kmex_utils import drawing
 from kmex_utils.explanation.figure1 import figure1
 from kmex_utils.explanation.interpretation import Interpretation, Patch
+from kmex_utils.paper import figures
+from kmex_utils.training.protopnet.views import Activated
 
 
 @pytest.fixture
@@ -101,6 +104,24 @@ def test_more_colours_need_seaborn(monkeypatch):
 def test_names_are_cut_to_fit():
     assert drawing.short("Blue_jay") == "Blue jay"
     assert drawing.short("Black_footed_Albatross") == "Black footed …"
+
+
+def test_names_are_no_formulas(image, parts, tmp_path):
+    """Two $ in a title, within a name or of two names, and what matplotlib would refuse between them."""
+    name = "x_{$ <b>&$"
+    assert drawing.short("5$") == r"5\$", "matplotlib shows the $ alone"
+    renamed = [
+        replace(part, predicted=name, patches=tuple(replace(patch, class_name=name) for patch in part.patches))
+        for part in parts
+    ]
+    activated = Activated(0, name, 0.5, 1.0, np.zeros((56, 56), np.float32), (0, 9, 0, 9), 0, image, (0, 9, 0, 9))
+    points, labels = np.zeros((2, 2)), np.array([0, 1])
+    group = figures.figure2(["a", name], points, labels, points, labels, *[{"c_j": (points, labels)}] * 2, name)
+    drawn = [figure1(image, renamed, name), drawing.image_grid([image] * 2, [name, name]), group]
+    drawn.append(figures.most_activated(image, name, [activated], name))
+    for i, figure in enumerate(drawn):
+        drawing.save(figure, tmp_path / str(i))
+    assert drawn[0].get_suptitle() == r"x_{\$ <b>&\$"
 
 
 @pytest.mark.parametrize(("size", "expected"), [(0, (40, 30)), (20, (20, 15)), (50, (40, 30))])

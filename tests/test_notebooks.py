@@ -9,10 +9,10 @@ import pandas as pd
 import papermill
 import pytest
 import torch
+from conftest import NOTEBOOKS
 from sklearn.metrics import adjusted_rand_score
 
 import kmex_utils as kmex
-from kmex_utils import paths
 from kmex_utils.explanation.passed import Passed, fit_kmex
 from kmex_utils.method.attribution import attribution, carried
 from kmex_utils.method.composite import Normalisation

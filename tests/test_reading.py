@@ -155,6 +155,19 @@ def test_hidden_files_and_folders_are_left_out_and_links_are_followed(tmp_path):
     assert dataset.train.names == ("cat/1.png", "dog/more/1.png", "emu/1.png")
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_explanations_among_the_photos_are_left_out(strict, tmp_path):
+    """As ``--out photos/explained`` leaves one, with its panels and below it whatever else was written there."""
+    made_folder(tmp_path, [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(5)])
+    made_folder(tmp_path, ["explained/panel-cat-1.png", "explained/export/1.png", "dog/again/panel.png"])
+    for folder in (tmp_path, tmp_path / "explained", tmp_path / "dog" / "again"):  # its own does not hide a folder
+        (folder / "explained.json").write_text("{}")
+    said = []
+    dataset = load(tmp_path, SMALL, held_out=0.2, strict=strict, data=None, log=said.append)
+    assert dataset.classes == ("cat", "dog") and len(dataset.train) + len(dataset.test) == 10
+    assert said[0] == "left out, as they hold an explanation: dog/again, explained"
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

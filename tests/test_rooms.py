@@ -50,13 +50,14 @@ def test_every_module_is_in_a_room():
 
 @pytest.mark.parametrize("room", sorted(ROOMS))
 def test_imports_run_one_way(room):
-    """Those inside functions, too."""
+    """Those inside functions and those for type checkers alone, too."""
     for module in (module for module in MODULES if module[0] == room):
         reached = {name[0] for name in of_the_package(module, ast.walk(ast.parse(MODULES[module].read_text()))) if name}
         assert reached & set(ROOMS) <= ROOMS[room] | {room}, ".".join(module)
 
 
 def test_no_two_modules_need_each_other_to_be_imported():
+    """Imports inside functions or under TYPE_CHECKING are not needed for that."""
     graph = {}
     for module, path in MODULES.items():
         graph[module] = set()
@@ -64,6 +65,11 @@ def test_no_two_modules_need_each_other_to_be_imported():
             candidates = (name, (*name, "__init__"), name[:-1], (*name[:-1], "__init__"))
             graph[module] |= {next(candidate for candidate in candidates if candidate in MODULES)} - {module}
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_what_is_imported_late_is_offered_for_completion():
+    assert {"Explained", "Network", "__version__", "explain", "load", "network"} <= set(dir(kmex_utils))
+    assert all(hasattr(kmex_utils, name) for name in dir(kmex_utils))
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ class Images:
 class Dataset:
     """Images to make prototypes from (``train``) and to measure on (``test``).
 
-    ``settings`` are plain JSON, from which :func:`reopen` gives the same data set; a ``torch`` one names no source there.
+    ``settings`` are plain JSON, from which :func:`reopen` gives the same data set; of a ``torch`` one it refuses.
     """
 
     name: str

@@ -9,19 +9,25 @@ from PIL import Image
 
 SPLITS = ("train", "test", "val", "valid", "validation")  # in any case; one of the last four beside train/
 LAYOUTS = "give <class>/*, or train/<class>/* with test/<class>/* (or val/)"
+EXPLAINED = "explained.json"  # marks the folder of an explanation, whose pictures are no images to explain
 NO_IMAGES = {".pdf", ".mpg", ".mpeg"}  # Pillow writes these and does not read them
 
 
 def listed(folder: str | Path, log: Callable[[str], None] | None = None) -> list[Path]:
-    """Every image file below a folder, by its ending, sorted; hidden files and folders are left out.
+    """Every image file below a folder, by its ending, sorted.
 
-    ``log`` gets one line with the endings of the files that are left out, if there are any.
+    Left out are hidden files and folders, folders that hold an explanation, and files of other endings; ``log`` gets
+    one line for each of the last two, if there are any.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"{root} does not exist or is not a folder: give a folder of images")
     endings = set(Image.registered_extensions()) - NO_IMAGES
-    files = sorted(file for name in glob("**", root_dir=root, recursive=True) if (file := root / name).is_file())
+    below = [root / name for name in glob("**", root_dir=root, recursive=True)]
+    results = {file.parent for file in below if file.name == EXPLAINED} - {root}
+    files = sorted(file for file in below if file.is_file() and results.isdisjoint(file.parents))
+    if results and log:
+        log(f"left out, as they hold an explanation: {', '.join(sorted(str(r.relative_to(root)) for r in results))}")
     images = [file for file in files if file.suffix.lower() in endings]
     others = Counter(file.suffix.lower() or "without ending" for file in files if file.suffix.lower() not in endings)
     skipped = ", ".join(f"{count} {ending}" for ending, count in others.most_common())
@@ -63,7 +69,8 @@ def layout(root: Path, files: list[Path], *, needs_labels: bool, strict: bool) -
         fix = "give at least two" + ("" if needs_labels else alone)
         raise ValueError(f"{root} holds one class only ({classes[0]}): {fix}")
     in_train = {name for name, is_test in zip(class_of, test, strict=True) if not is_test}
-    empty = {Path(name).name for name in glob("*/", root_dir=train_folder)} - in_train
+    folders = [Path(name) for name in glob("*/", root_dir=train_folder)]
+    empty = {name.name for name in folders if not (train_folder / name / EXPLAINED).exists()} - in_train
     if strict and classes and empty:
         names = ", ".join(sorted(empty))
         raise ValueError(f"{train_folder} has classes without images: {names}; add images or remove the folders")

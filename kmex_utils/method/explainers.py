@@ -15,7 +15,7 @@ instance                    h                          sim                    pr
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from . import products
 from .composite import Normalisation
 from .operator import CompositeRows
-from .prototypes import Prototypes
+
+if TYPE_CHECKING:
+    from .prototypes import Prototypes
 
 
 def avg_pool(h: torch.Tensor) -> torch.Tensor:
@@ -85,7 +87,7 @@ class KMEx(Explainer):
     themselves: the argmax of exp(-d) is that of -d.
     """
 
-    prototypes: Prototypes
+    prototypes: "Prototypes"
     classes: int
 
     def h(self, activations: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -126,7 +128,7 @@ class EncoderKMeans(Explainer):
     ``start_block`` b counts from 1. sim is one-hot, so it is kept as the index of its one: the explanation map.
     """
 
-    prototypes: Prototypes
+    prototypes: "Prototypes"
     classes: int
     start_block: int
     normalisation: Normalisation

@@ -94,10 +94,10 @@ def _short(path: Path) -> str:
 
 
 def sources(file: Path, without: Collection[str] = ()) -> set[Path]:
-    """A notebook's source and the modules of this package that run when it is imported.
+    """A file's source and the modules of this package that run when it is imported.
 
     What a function imports when it is called is left out: a view that an explanation can draw is no part of a training.
-    So are modules of the names ``without``, and what they import.
+    So are rooms of the package of the names ``without``, and what only they import.
     """
     seen, left = set[Path](), [file]
     while left:
@@ -110,10 +110,12 @@ def sources(file: Path, without: Collection[str] = ()) -> set[Path]:
             if isinstance(node, ast.ImportFrom):
                 base = resolve_name("." * node.level + (node.module or ""), package) + "."
             for parts in ((base + alias.name).split(".") for alias in node.names):
-                for n in range(2, len(parts) + 1) if parts[0] == "kmex_utils" else ():
+                if parts[0] != "kmex_utils" or set(without).intersection(parts[1:2]):
+                    continue
+                for n in range(2, len(parts) + 1):
                     module = paths.ROOT.joinpath(*parts[:n])
                     files = module.with_suffix(".py"), module / "__init__.py"
-                    left += [file for file in files if file.is_file() and file.stem not in without and file not in seen]
+                    left += [file for file in files if file.is_file() and file not in seen]
     return seen
 
 
