@@ -1,3 +1,4 @@
+import gc
 import os
 import urllib.request
 
@@ -15,6 +16,7 @@ from kmex_utils import data, networks, paths
 NOTEBOOKS = paths.ROOT / "notebooks"
 
 torch.set_num_threads(1)
+gc.set_threshold(100_000, 20, 10)  # a sixth of the time would go into looking for garbage among torch's modules
 
 
 def pytest_collection_modifyitems(items):

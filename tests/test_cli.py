@@ -15,7 +15,8 @@ import kmex_utils as kmex
 from kmex_utils import cli, paths
 from kmex_utils.explanation import fit
 
-RANDOM = ["--model", "resnet18", "--weights", "random", "--image-size", "64", "--device", "cpu"]
+ARCH = "shufflenet_v2_x0_5"
+RANDOM = ["--model", ARCH, "--weights", "random", "--image-size", "64", "--device", "cpu"]
 QUICK = ["--prototypes-per-class", "2", "--restarts", "1", "--start-block", "4"]
 
 
@@ -99,7 +100,7 @@ def test_what_is_wrong_is_one_line_before_the_computation(photos, saved, tmp_pat
         ([*RANDOM, "--model", "resnet19"], "resnet19"),
         ([*RANDOM, "--panel", "nowhere.png"], "--panel nowhere.png is neither a file nor in"),
         ([*RANDOM, "--panel", str(tmp_path / "bad.png")], "bad.png cannot be read: not an image"),
-        ([*RANDOM, "--target", "doggo"], "target must be a class of resnet18, got 'doggo'"),
+        ([*RANDOM, "--target", "doggo"], f"target must be a class of {ARCH}, got 'doggo'"),
     ):
         assert cli.main(["explain", str(photos), "--out", str(tmp_path / "new"), *command]) == 2
         error = capsys.readouterr().err

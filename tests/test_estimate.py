@@ -17,8 +17,9 @@ from kmex_utils.networks import for_training
 from kmex_utils.paper import estimate
 from kmex_utils.training import protopnet
 
-TINY = {"arch": "resnet18", "image_size": 32, "epochs": 2, "batch_size": 4, "weights": "scratch", "device": "cpu"}
-BLOCKS = [(64, 64), (128, 16), (256, 4), (512, 1)]
+ARCH = "shufflenet_v2_x0_5"  # small and of the paper's form
+TINY = {"arch": ARCH, "image_size": 32, "epochs": 2, "batch_size": 4, "weights": "scratch", "device": "cpu"}
+BLOCKS = [(24, 64), (48, 16), (96, 4), (1024, 1)]
 PACE = estimate.Pace(train=1000.0, forward=1.0, flop=math.inf, blocks=BLOCKS, values=10)  # clustering is free
 
 
@@ -58,7 +59,7 @@ def test_held_out_images_are_counted_as_they_are_loaded(folder, tmp_path):
 def test_protopnet_passes_each_image_as_often(frozen, folder, birds, tmp_path, monkeypatch):
     schedule = {"warm_epochs": 2, "joint_epochs": 3, "push_start": 1, "push_every": 2, "last_passes": 3}
     options = protopnet.Options(**schedule, frozen_features=frozen, batch_size=4)
-    features = for_training("resnet18", birds.classes, "scratch", birds.input)
+    features = for_training(ARCH, birds.classes, "scratch", birds.input)
     network = protopnet.TrainableProtoPNet(features, 1, options)
     passed = {True: 0, False: 0}
 
@@ -77,7 +78,7 @@ def test_protopnet_passes_each_image_as_often(frozen, folder, birds, tmp_path, m
 
 @pytest.mark.parametrize("store", STORES)
 def test_room_for_activations_is_what_they_take(store, folder, birds, tmp_path):
-    network, held = for_training("resnet18", birds.classes, "scratch", birds.input), 0
+    network, held = for_training(ARCH, birds.classes, "scratch", birds.input), 0
     for split in ("train", "test"):
         kept = keep(network, birds, split, 2, store, folder=tmp_path / "kept")
         held += sum(x.nbytes for x in kept.read(torch.arange(len(kept)), 2))

@@ -167,12 +167,12 @@ def test_effects_of_what_else_is_open():
 
 def test_share_of_the_deepest_block(generator):
     """As the rows of q(b:) have it: each block's part of a difference, its own length divided out."""
-    assert ledger.last_share("resnet34", "1/D") == pytest.approx(512**-2 / (128**-2 + 256**-2 + 512**-2))
+    assert ledger.last_share("resnet18", "1/D") == pytest.approx(512**-2 / (128**-2 + 256**-2 + 512**-2))
     x = blocks_of(channels=(128, 256, 512))
     for scale in SCALES:
         q = composite(x, Normalisation(scale=scale))
         squared = [part.square().sum(-1).amax() for part in q.split((128, 256, 512), -1)]
-        assert ledger.last_share("resnet34", scale) == pytest.approx(float(squared[-1] / sum(squared)), rel=1e-4)
+        assert ledger.last_share("resnet18", scale) == pytest.approx(float(squared[-1] / sum(squared)), rel=1e-4)
 
 
 def test_weightings_are_the_prices_of_the_factors():
@@ -183,6 +183,6 @@ def test_weightings_are_the_prices_of_the_factors():
         ("stl10", "norm", "image", "B234", 8.2, 13.0, 0.5, 2),
     ]
     prices = pd.DataFrame(prices, columns=["dataset", "question", "option", "model", "paper", "mean", "std", "seeds"])
-    result = ledger.weightings(prices, {"stl10": "resnet34"})
+    result = ledger.weightings(prices, {"stl10": "resnet18"})
     assert result.scale.tolist() == ["1/D", "1"] and result["mean"].tolist() == [14.0, 1.0]
     assert result.last_share.tolist() == pytest.approx([0.0476, 1 / 3], abs=1e-4)

@@ -11,6 +11,9 @@ from kmex_utils.method.prototypes import Prototypes
 from kmex_utils.paper.runs import Run, trained_seeds
 
 
+ARCH = "shufflenet_v2_x0_5"  # small and of the paper's form
+
+
 @pytest.fixture(scope="module")
 def digits():
     own = data.own_input("mnist-mini")
@@ -18,23 +21,23 @@ def digits():
 
 
 def trained(digits, seed=0, bias=False):
-    return networks.for_training("resnet18", digits.classes, "scratch", digits.input, seed=seed, bias=bias).eval()
+    return networks.for_training(ARCH, digits.classes, "scratch", digits.input, seed=seed, bias=bias).eval()
 
 
-SETTINGS = {"arch": "resnet18", "classes": list("0123456789"), "prototypes_per_class": 5}
+SETTINGS = {"arch": ARCH, "classes": list("0123456789"), "prototypes_per_class": 5}
 
 
 @pytest.fixture
 def run(tmp_path, digits):
     run = Run.of(tmp_path, "mnist-mini", 0)
     run.save_training(trained(digits), digits, {**SETTINGS, "data": digits.settings})
-    run.save_embeddings(train=(torch.randn(4, 512), torch.arange(4)))
+    run.save_embeddings(train=(torch.randn(4, 1024), torch.arange(4)))
     return run
 
 
 def kmex():
     zeros = torch.zeros(10, dtype=torch.int64)
-    return KMEx(Prototypes(torch.randn(10, 512), torch.arange(10), zeros, zeros, zeros, torch.zeros(10)), 10)
+    return KMEx(Prototypes(torch.randn(10, 1024), torch.arange(10), zeros, zeros, zeros, torch.zeros(10)), 10)
 
 
 def add_kmex(run):
@@ -51,7 +54,7 @@ def test_a_run_comes_back(run, digits):
     again = run.dataset()
     assert again.train.pixels.shape == (30, 1, 32, 32) and (again.train.pixels == digits.train.pixels).all()
     z, labels = run.embeddings("train")
-    assert z.shape == (4, 512) and labels.tolist() == [0, 1, 2, 3]
+    assert z.shape == (4, 1024) and labels.tolist() == [0, 1, 2, 3]
     assert trained_seeds(run.runs, "mnist-mini") == [0]
     assert Run.at(run.folder) == run
 
@@ -115,9 +118,9 @@ def test_a_run_of_the_version_before_is_refused(tmp_path):
 def test_weights_that_are_not_finite_are_refused(run, digits):
     network = trained(digits)
     with torch.no_grad():
-        network.module.layer2[0].conv1.weight[0, 0, 0, 0] = torch.nan
+        network.module.stage2[0].branch2[0].weight[0, 0, 0, 0] = torch.nan
     run.save_training(network, digits, SETTINGS)
-    with pytest.raises(ValueError, match=r"NaN or infinite weights \(layer2.0.conv1.weight"):
+    with pytest.raises(ValueError, match=r"NaN or infinite weights \(stage2.0.branch2.0.weight"):
         run.network()
 
 

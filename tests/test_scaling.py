@@ -14,7 +14,15 @@ from kmex_utils.method.operator import CompositeRows
 sys.path.insert(0, str(paths.ROOT / "benchmarks"))
 import scaling
 
-CASE = scaling.Case("tiny", images=2, start_block=3, k=3, restarts=3)
+CASE = scaling.Case("tiny", images=4, start_block=3, k=3, restarts=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Images of 64 pixels, where the benchmark has 224."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaling, "SIZE", 64)
+        yield
 
 
 @pytest.mark.parametrize("name", ["sklearn", "faiss", "minibatch"])
@@ -51,7 +59,7 @@ def test_measure_sees_time_and_memory():
 
 def test_a_measurement_that_fails_ends():
     before = threading.active_count()
-    with pytest.raises(ValueError, match="between 1 and the 49 rows"):
+    with pytest.raises(ValueError, match="between 1 and the 4 rows"):
         scaling.measured_fit("ours", scaling.Case("x", 1, 4, 1000, 1), 0)
     assert threading.active_count() == before
 
@@ -59,7 +67,7 @@ def test_a_measurement_that_fails_ends():
 def test_synthetic_activations_are_the_same_whenever_they_are_read():
     read = scaling.synthetic(5)
     once = read(0, 5)
-    assert [tuple(x.shape) for x in once] == [(5, 128, 28, 28), (5, 256, 14, 14), (5, 512, 7, 7)]
+    assert [tuple(x.shape) for x in once] == [(5, 128, 8, 8), (5, 256, 4, 4), (5, 512, 2, 2)]
     assert all(torch.equal(x[3:4], y) for x, y in zip(once, read(3, 4), strict=True))
     with pytest.raises(IndexError):
         read(4, 6)
@@ -67,7 +75,7 @@ def test_synthetic_activations_are_the_same_whenever_they_are_read():
 
 def test_a_stream_is_clustered_in_counted_passes():
     row = scaling.stream_once(40, k=2, iterations=2)
-    assert row["n_rows"] == 40 * 784 and row["iterations"] == 2
+    assert row["n_rows"] == 40 * 64 and row["iterations"] == 2
     # variance, first start, candidates and shrinking, two iterations, assessment
     assert row["passes"] == 1 + 1 + 2 + 2 + 1
 

@@ -1,6 +1,7 @@
 """Training by the paper's recipe: batches, one step by hand, and a killed run against an uninterrupted one."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -24,19 +25,26 @@ def digits():
 SCHEDULE = Schedule(epochs=3, batch_size=16, learning_rate=0.02, momentum=0.9)
 
 
-def resnet18(digits):
-    return for_training("resnet18", digits.classes, "scratch", digits.input, seed=3)
+def untrained(digits, arch="shufflenet_v2_x0_5"):
+    return for_training(arch, digits.classes, "scratch", digits.input, seed=3)
 
 
 def fit(digits, checkpoint, schedule=SCHEDULE, log=lambda line: None, network=None, **options):
-    network = network or resnet18(digits)
-    options = {"seed": 3, "made_by": {"arch": "resnet18"}, "precision": "float32", **options}
+    network = network or untrained(digits)
+    options = {"seed": 3, "made_by": {"arch": "x"}, "precision": "float32", **options}
     history = train(network, digits, schedule, checkpoint=checkpoint, log=log, **options)
     return network, history
 
 
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole(digits, tmp_path_factory):
+    """A training that nothing interrupts: the network, its history and its checkpoint."""
+    checkpoint = tmp_path_factory.mktemp("whole") / "c.safetensors"
+    return *fit(digits, checkpoint), checkpoint
 
 
 class Killed(Exception):
@@ -56,8 +64,9 @@ def killed_after(epoch):
 def test_one_step_is_sgd_with_momentum(digits, tmp_path):
     """Two steps by hand: v = m v + g, w = w - lr v, with the cosine's rates."""
     schedule = Schedule(epochs=1, batch_size=30, learning_rate=0.1, final_learning_rate=0.01, momentum=0.5)
-    trained, _ = fit(digits, tmp_path / "c.safetensors", schedule)
-    network = resnet18(digits).train().requires_grad_(True)
+    trained, network, before = (untrained(digits, "resnet18") for _ in range(3))
+    fit(digits, tmp_path / "c.safetensors", schedule, network=trained)
+    network.train().requires_grad_(True)
     velocity = [torch.zeros_like(p) for p in network.parameters()]
     for step, (x, labels) in enumerate(training_batches(digits, 30, 3, 0)):
         network.zero_grad()
@@ -67,14 +76,13 @@ def test_one_step_is_sgd_with_momentum(digits, tmp_path):
             for p, v in zip(network.parameters(), velocity, strict=True):
                 v.mul_(0.5).add_(p.grad)
                 p.sub_(rate * v)
-    before = resnet18(digits)
     for ours, expected, start in zip(trained.parameters(), network.parameters(), before.parameters(), strict=True):
         assert (ours - expected).norm() < 0.01 * (expected - start).norm()
 
 
-def test_it_learns_and_is_deterministic(digits, tmp_path):
-    first, history = fit(digits, tmp_path / "a.safetensors")
-    again, _ = fit(digits, tmp_path / "b.safetensors")
+def test_it_learns_and_is_deterministic(digits, whole, tmp_path):
+    first, history, _ = whole
+    again, _ = fit(digits, tmp_path / "c.safetensors")
     assert same(first, again)
     assert [record["epoch"] for record in history] == [1, 2, 3]
     assert history[-1]["loss"] < history[0]["loss"]
@@ -82,14 +90,14 @@ def test_it_learns_and_is_deterministic(digits, tmp_path):
 
 
 @pytest.mark.parametrize("done", [1, 2])
-def test_a_killed_run_ends_with_the_same_weights(digits, tmp_path, done):
-    whole, history = fit(digits, tmp_path / "whole.safetensors")
+def test_a_killed_run_ends_with_the_same_weights(digits, whole, tmp_path, done):
+    trained, history, _ = whole
     with pytest.raises(Killed):
         fit(digits, tmp_path / "cut.safetensors", log=killed_after(done))
     lines = []
     resumed, resumed_history = fit(digits, tmp_path / "cut.safetensors", log=lines.append)
     assert lines[0] == f"resuming after epoch {done}" and len(lines) == 1 + 3 - done
-    assert same(whole, resumed)
+    assert same(trained, resumed)
     assert [r["loss"] for r in history] == [r["loss"] for r in resumed_history]
 
 
@@ -115,16 +123,23 @@ def test_a_killed_run_with_dropout_draws_the_same(digits, tmp_path):
     assert not same(whole, other)
 
 
-def test_a_checkpoint_of_other_settings_is_not_resumed(digits, tmp_path):
-    fit(digits, tmp_path / "c.safetensors")
+def test_a_checkpoint_of_other_settings_is_not_resumed(digits, whole, tmp_path):
+    *_, checkpoint = whole
+    shutil.copy(checkpoint, tmp_path)
     lines = []
-    fit(digits, tmp_path / "c.safetensors", made_by={"arch": "other"}, log=lines.append)
+
+    def log(line):
+        lines.append(line)
+        killed_after(1)(line)
+
+    with pytest.raises(Killed):
+        fit(digits, tmp_path / checkpoint.name, made_by={"arch": "other"}, log=log)
     assert "starting anew" in lines[0] and "epoch 1/3" in lines[1]
 
 
-def test_bfloat16_trains_close_to_float32(digits, tmp_path):
-    _, single = fit(digits, tmp_path / "a.safetensors")
-    _, half = fit(digits, tmp_path / "b.safetensors", precision="bfloat16")
+def test_bfloat16_trains_close_to_float32(digits, whole, tmp_path):
+    _, single, _ = whole
+    _, half = fit(digits, tmp_path / "c.safetensors", precision="bfloat16")
     assert half[0]["loss"] == pytest.approx(single[0]["loss"], rel=0.1)
 
 
