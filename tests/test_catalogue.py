@@ -159,10 +159,14 @@ def test_a_network_with_arguments(timm, tmp_path, x):
         assert name == "fc.weight" or torch.equal(value, halved[name].to(value.dtype)), name
     assert channels("timm/test_resnet", LAYERS) == (32, 48, 192, 96)
     save_file(theirs.state_dict(), tmp_path / "whole.safetensors")
-    whole = network("timm/test_resnet", tmp_path / "whole.safetensors", arch_args={"layers": (1, 1, 1, 2)}, image_size=64)
+    whole = network(
+        "timm/test_resnet", tmp_path / "whole.safetensors", arch_args={"layers": (1, 1, 1, 2)}, image_size=64
+    )
     torch.testing.assert_close(whole(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
     assert whole.reference["arch_args"] == LAYERS
-    with pytest.raises(ValueError, match=r"do not fit timm/test_resnet: 10 missing \(layer1.1.conv1.weight, .* …\), 10 "):
+    with pytest.raises(
+        ValueError, match=r"do not fit timm/test_resnet: 10 missing \(layer1.1.conv1.weight, .* …\), 10 "
+    ):
         network("timm/test_resnet", tmp_path / "whole.safetensors", arch_args={"layers": [2, 1, 1, 1]})
 
 

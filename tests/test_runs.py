@@ -10,7 +10,6 @@ from kmex_utils.method.explainers import KMEx
 from kmex_utils.method.prototypes import Prototypes
 from kmex_utils.paper.runs import Run, trained_seeds
 
-
 ARCH = "shufflenet_v2_x0_5"  # small and of the paper's form
 
 

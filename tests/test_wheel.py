@@ -83,6 +83,7 @@ def requirements(lines):
     return [need for need in parsed if not need.marker or need.marker.evaluate({"extra": ""})]
 
 
+@pytest.mark.slow
 def test_the_wheel_explains_a_folder_with_its_own_dependencies_alone(built, tmp_path):
     site, dependencies = tmp_path / "site", tmp_path / "dependencies"
     with zipfile.ZipFile(built) as wheel:

@@ -151,7 +151,7 @@ def kmeans(
         filled = sizes[active] > 0
         if not filled.all():
             _reseed(rows, moved, filled)
-        moved[filled] = (sums[active][filled] / sizes[active][filled, None]).float()
+        moved[filled] = (sums[active][filled] / sizes[active][filled][:, None]).float()
         shift = (moved - centroids[active]).double().square().sum((1, 2))
         centroids[active] = moved
         iterations[active.cpu()] += 1
