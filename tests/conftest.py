@@ -16,7 +16,7 @@ from kmex_utils import data, networks, paths
 NOTEBOOKS = paths.ROOT / "notebooks"
 
 torch.set_num_threads(1)
-gc.set_threshold(100_000, 20, 10)  # a sixth of the time would go into looking for garbage among torch's modules
+gc.set_threshold(10_000, 20, 10)  # a tenth of the time would go into looking for garbage among torch's modules
 
 
 def pytest_collection_modifyitems(items):
