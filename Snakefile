@@ -112,10 +112,13 @@ def pages(runs, notebooks):
 
 
 def execute(notebook):
-    """The command of a rule; what each kernel says of itself is left out."""
+    """The command of a rule: a line at start and end, what the notebook prints as it comes, no kernel's chatter."""
     chatter = "grep --line-buffered -v -e 'over TCP without encryption' -e 'KeyboardInterrupt caught in kernel' >&2"
     source = shlex.quote(str(BASE / "notebooks" / f"{notebook}.ipynb"))
-    return f"python -m kmex_utils.paper.notebook {source} {{log:q}} {{params.given}} 2> >({chatter})"
+    # 300 seconds: beside many others a kernel once took more than papermill's 60 to answer
+    command = f"papermill --no-progress-bar --log-level WARNING --start-timeout 300 --stdout-file >(cat) 2> >({chatter})"
+    command += f" {source} {{log:q}} -y {{params.given}}"
+    return f"echo \"$(date +%T) start {{log}}\"; {command}; echo \"$(date +%T) done  {{log}}, $SECONDS s\""
 
 
 rule all:

@@ -450,6 +450,27 @@ def test_images_for_another_network_are_refused(explained, resnet, photos, tmp_p
         kmex.load(tmp_path, module=resnet.module, images=other)
 
 
+def test_a_torch_data_set_is_taken_when_loading_as_when_explaining(resnet, photos, tmp_path):
+    names = ("flower", "temple")
+    files = [(file, label) for label, name in enumerate(names) for file in sorted((photos / name).iterdir())]
+
+    class Photos(torch.utils.data.Dataset):
+        classes = names
+
+        def __len__(self):
+            return len(files)
+
+        def __getitem__(self, i):
+            return Image.open(files[i][0]), files[i][1]
+
+    options = {"prototypes_per_class": 1, "restarts": 1, "device": "cpu", "log": str, "start_block": 4}
+    explained = kmex.explain(resnet, Photos(), **options)
+    explained.save(tmp_path)
+    again = kmex.load(tmp_path, resnet.module, images=Photos())
+    assert again.names == explained.names and len(again.dataset.test) == len(explained.dataset.test) == 4
+    assert np.array_equal(again.picture(3).pixels, explained.picture(3).pixels)
+
+
 def test_a_users_own_weights_are_never_overwritten(photos, tmp_path):
     """A file of the name that save writes, which save did not write, is refused before anything is."""
     from torchvision.models import resnet18

@@ -354,7 +354,7 @@ class Explained:
         title
             Empty: the image's name and the network's prediction.
         attribution_start
-            Of att(B:), as in :func:`~kmex_utils.method.attribution.attributions`.
+            Of att(B:), as in :func:`~kmex_utils.method.attribution.carried`.
         """
         from .figure1 import figure1
 
@@ -423,7 +423,7 @@ class Explained:
 
     @classmethod
     def load(
-        cls, folder: str | Path, module: nn.Module | None = None, images: str | Path | Dataset | None = None
+        cls, folder: str | Path, module: nn.Module | None = None, images: str | Path | Dataset | Any | None = None
     ) -> "Explained":
         """What :meth:`save` left: explains images it has never seen, and fits nothing again.
 
@@ -432,7 +432,7 @@ class Explained:
         module
             Your own network, where it is not one of torchvision or timm; refused where its weights or scores differ.
         images
-            The data set, or its folder, for what needs its images: indices, names, the explorer's list.
+            As :func:`explain` takes them, for what needs the data set: indices, names, the explorer's list.
 
         Raises
         ------
@@ -447,12 +447,9 @@ class Explained:
         if not isinstance(settings, dict) or not isinstance(settings.get("classes"), list):
             raise ValueError(f"{path} is not of a whole saved explanation: save it again")
         network = networks.load(folder, module)
-        if isinstance(images, str | Path):
-            how = {key: settings[key] for key in ("held_out", "seed") if key in settings}
-            images = data.load(Path(images), network.input, strict=False, needs_labels=False, data=None, **how)
-        if images:
-            check_input(images, network)
-        explained, weights = cls(network, images, settings), network.fingerprint
+        how = {key: settings[key] for key in ("held_out", "seed") if key in settings}
+        dataset = None if images is None else opened(images, network, **how)
+        explained, weights = cls(network, dataset, settings), network.fingerprint
         for path in _explainer_files(folder):
             explained._load_explainer(path, weights)
         if (folder / "table.csv").is_file():
@@ -500,10 +497,14 @@ class Explained:
         return [x.shape[1] for x in self.network.eval().activations(torch.zeros(1, 3, size, size))]
 
 
-def check_input(dataset: Dataset, network: Network) -> None:
-    """Refuse a data set that was loaded for another network."""
-    if replace(dataset.input, fit=network.input.fit) != network.input:
+def opened(images: str | Path | Dataset | Any, network: Network, **how: Any) -> Dataset:
+    """The data set of images as :func:`~kmex_utils.explanation.fit.explain` takes them; ``how`` as in ``data.load``."""
+    if not isinstance(images, Dataset):
+        source = Path(images) if isinstance(images, str) else images  # a folder, though a data set bears its name
+        return data.load(source, network.input, strict=False, needs_labels=False, data=None, **how)
+    if replace(images.input, fit=network.input.fit) != network.input:
         raise ValueError("the data set's image size and normalisation are not the network's: load it with the same")
+    return images
 
 
 def _of(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,14 +23,16 @@ try:
 except ImportError:
     raise ImportError("Parquet tables need pyarrow, which is not installed: pip install pyarrow") from None
 
-Explained = Any  # kmex_utils.explanation.explained.Explained, which imports this module
+if TYPE_CHECKING:
+    from .explained import Explained
+
 MAPS = ("npz", "png", "none")
 WHITE = 65535  # of a 16-bit PNG
 Rows = list[dict[str, Any]]
 
 
 def export(
-    explained: Explained,
+    explained: "Explained",
     folder: str | Path,
     images: str | Path,
     *,
@@ -115,7 +117,7 @@ def export(
     return folder
 
 
-def _schemas(explained: Explained) -> dict[str, pa.Schema]:
+def _schemas(explained: "Explained") -> dict[str, pa.Schema]:
     """Columns of both tables and their types."""
     text, number, index = pa.string(), pa.float64(), pa.int64()
     classes = [f"KMEx-{k}" for k in explained.kmex] + [explained.name(b) for b in explained.explainers]
@@ -127,7 +129,7 @@ def _schemas(explained: Explained) -> dict[str, pa.Schema]:
 
 
 def _batch(
-    explained: Explained, files: Sequence[Path], root: Path, folder: Path, maps: str, device: torch.device
+    explained: "Explained", files: Sequence[Path], root: Path, folder: Path, maps: str, device: torch.device
 ) -> tuple[Rows, Rows]:
     """Rows of both tables; writes the maps on the way."""
     network, names = explained.network, [str(file.relative_to(root)) for file in files]

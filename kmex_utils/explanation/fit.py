@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import data
 from ..data import Dataset
 from ..hardware import exact, pick_device
 from ..method.composite import Normalisation
 from ..method.explainers import block_name
 from ..method.measures import accuracy, cosine_alignment
 from ..networks import Network
-from .explained import Explained, check_input
+from .explained import Explained, opened
 from .passed import Passed
 
 if TYPE_CHECKING:
@@ -86,13 +85,7 @@ def explain(
     scratch = Path(scratch).expanduser() if scratch else None
     if network.assumed:
         log(f"images enter {network.name} as {network.preprocessing()}")
-    if isinstance(images, Dataset):
-        dataset = images
-        check_input(dataset, network)
-    else:
-        source = Path(images) if isinstance(images, str) else images  # a folder, though a data set bears its name
-        how: dict[str, Any] = {"held_out": held_out, "seed": seed, "scratch": scratch, "log": log}
-        dataset = data.load(source, network.input, strict=False, needs_labels=False, data=None, **how)
+    dataset = opened(images, network, held_out=held_out, seed=seed, scratch=scratch, log=log)
     settings = {
         **network.settings(),
         "dataset": dataset.name,

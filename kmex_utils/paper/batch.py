@@ -179,7 +179,8 @@ def comparison(files: list[Path], before: Mapping[Path, bytes]) -> Iterator[str]
     for model in largest.index.unique("model"):
         amounts = " and ".join(f"{value:.2g} {unit}" for unit, value in largest[model].items())
         yield f"{model} differs from the tables {what} by at most {amounts}."
-    yield "The others are the same. " + ELSEWHERE
+    same = "" if set(apart.model) <= set(largest.index.unique("model")) else "The others are the same. "
+    yield same + ELSEWHERE
 
 
 def _committed(file: Path) -> bytes:

@@ -29,12 +29,12 @@ Optimizers = dict[str, Optimizer]
 class Training:
     """What is trained (``network``, in place) on which images, by which numbers, and the file that keeps it.
 
-    A training that was killed continues from its ``checkpoint`` (weights, the optimizers' state, and the random state
-    that dropout draws from) to the same weights as an uninterrupted one, bit for bit. A checkpoint of other settings is
-    not resumed: of ``options`` (a dataclass with a ``batch_size``), augmentation (``flip`` and ``padding``, see
-    :class:`~kmex_utils.training.recipe.Recipe`), or ``made_by``, everything else that fixes the run (data, architecture
-    …), as JSON. ``precision`` is ``auto``, ``float32`` or ``bfloat16`` (autocast). The state is written after a step
-    when ``save_after`` seconds have passed since it last was, and after the last step.
+    A training that was killed continues from its ``checkpoint`` (weights and the optimizers' state) to the same weights
+    as an uninterrupted one, bit for bit: what a step draws, it draws from the seed and its number. A checkpoint of
+    other settings is not resumed: of ``options`` (a dataclass with a ``batch_size``), augmentation (``flip`` and
+    ``padding``, see :class:`~kmex_utils.training.recipe.Recipe`), or ``made_by``, everything else that fixes the run
+    (data, architecture …), as JSON. ``precision`` is ``auto``, ``float32`` or ``bfloat16`` (autocast). The state is
+    written after a step when ``save_after`` seconds have passed since it last was, and after the last step.
     """
 
     network: nn.Module
