@@ -101,7 +101,7 @@ def test_a_notebook_depends_on_what_it_imports(tmp_path):
         rule: {file.removeprefix("kmex_utils/") for file in re.findall(rf"{paths.ROOT}/(\S+?\.py)", inputs)}
         for rule, inputs in re.findall(r"^rule (\w+):\n    input: (.+)$", text, re.M)
     }
-    data = {"data/__init__.py", "data/dataset.py", "data/reading.py", "networks/watch.py", "networks/checkpoints.py"}
+    data = {"data/__init__.py", "data/dataset.py", "data/reading.py", "networks/head.py", "networks/checkpoints.py"}
     views = {f"explanation/{name}.py" for name in ("export", "report", "figure1")} | {"drawing.py", "paper/figures.py"}
     explained = {"method/kmeans.py", "method/products.py", "explanation/passed.py", "explanation/explained.py"}
     for rule, modules in (

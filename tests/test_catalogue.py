@@ -13,7 +13,7 @@ from torchvision import models
 from kmex_utils.data import Input
 from kmex_utils.networks import Network, for_training, network, theorem1_residual
 from kmex_utils.networks.catalogue import channels, weights_entry, weights_file
-from kmex_utils.networks.watch import noise
+from kmex_utils.networks.trace import noise
 
 TAKEN = Input(64, (0.5,) * 3, (0.25,) * 3)
 SMALL = "shufflenet_v2_x0_5"  # where any network will do: a thirtieth of resnet18's weights, and a head `fc` like its
@@ -120,7 +120,7 @@ def test_a_head_with_bias():
 @pytest.mark.parametrize(
     ("arch", "weights", "kind", "message"),
     [
-        ("mobilenet_v3_small", "scratch", ValueError, r"small is not of the paper's form .*classifier.0 \(Linear\)"),
+        ("mobilenet_v3_small", "scratch", ValueError, "small is not of the paper's form .* its head is gated, not one linear layer"),
         ("resnet35", "scratch", ValueError, "torchvision has no model 'resnet35'; the nearest: .*resnet34"),
         ("timm/resnet35", "scratch", ValueError, "timm has no model 'resnet35'"),
         ("resnet18", "imagnet", FileNotFoundError, "imagnet does not exist: weights is 'imagenet', 'random' or a file"),
@@ -339,7 +339,7 @@ def test_a_state_dict_from_a_file(resnet, kind, tmp_path):
     else:
         torch.save({"epoch": 3, "state_dict": state} if kind == "wrapped" else state, path)
     made = network("resnet18", path, classes=list("abcdefg"), image_size=64)
-    x = noise(made.input.image_size)
+    x = noise(made.input)
     with torch.no_grad():
         torch.testing.assert_close(made(x), resnet.eval()(x), rtol=1e-4, atol=1e-5)
     assert made.classes == tuple("abcdefg") and made.input.mean == (0.485, 0.456, 0.406)
@@ -360,7 +360,7 @@ def test_auxiliary_heads_are_dropped(arch, tmp_path):
         setattr(theirs, name, nn.Linear(3, 7))
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
     made = network(arch, tmp_path / "w.pth", image_size=96)
-    x = noise(made.input.image_size)
+    x = noise(made.input)
     with torch.no_grad():
         torch.testing.assert_close(made(x), theirs.eval()(x), rtol=1e-3, atol=1e-5)
     assert made.module.transform_input

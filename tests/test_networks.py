@@ -101,24 +101,52 @@ def test_a_bias_is_a_constant_channel():
     torch.testing.assert_close(without + watched.b, y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("arch", "between"),
-    [
-        ("convnext_tiny", "classifier.0 (LayerNorm2d) lies between"),
-        ("mobilenet_v3_small", "classifier.0 (Linear), classifier.1 (Hardswish) lie between"),
-        ("vgg11", "classifier.0 (Linear)"),
-    ],
-)
-def test_something_between_pool_and_head(arch, between):
-    watched = network(arch, "random", image_size=64)
-    x = noise(watched)
+def test_layer_normalisation_before_the_head_scales():
+    """ConvNeXt: c_j = P(g w_j), P = I - 11'/D, one factor 1/s(z) an image, and t . w_j + b_j after it."""
+    made = settled(network("convnext_tiny", "random", image_size=64))
+    norm, head = made.module.classifier[0], made.module.classifier[2]
+    for parameter in (norm.weight, norm.bias, head.bias):
+        parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    x = noise(made)
     with torch.no_grad():
-        activations, y = watched.outputs(x)
-        assert torch.equal(y, watched.module(x))
-    assert not watched.pooled_linear and between in watched.between
+        activations, y = made.outputs(x)
+        assert torch.equal(y, made.module(x)) and made.form == "scaled"
+    weighted = norm.weight * head.weight
+    torch.testing.assert_close(made.c, weighted - weighted.mean(1, keepdim=True), rtol=1e-3, atol=1e-4)
+    z = activations[-1].mean((2, 3))
+    scale = (z.var(1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
+    ours = scale * (z @ made.c.T) + norm.bias @ head.weight.T + head.bias
+    torch.testing.assert_close(ours, y, rtol=1e-4, atol=1e-4)
+    assert theorem1_residual(made, x) < 1e-5
+
+
+def test_a_gated_head_has_columns_of_each_image():
+    """MobileNetV3: c_j(x) = W1' (gate * w2_j), gate = Hardswish(a) / a."""
+    made = settled(network("mobilenet_v3_small", "random", image_size=64))
+    first, last = made.module.classifier[0], made.module.classifier[3]
+    x, j = noise(made), torch.tensor([3, 5])
+    with torch.no_grad():
+        activations, y = made.outputs(x)
+        assert torch.equal(y, made.module(x)) and made.form == "gated" and not made.pooled_linear
+    z = activations[-1].mean((2, 3))
+    a = first(z)
+    gate = F.hardswish(a) / a
+    torch.testing.assert_close(made.columns(x, j), (gate * last.weight[j]) @ first.weight, rtol=1e-3, atol=1e-6)
+    assert theorem1_residual(made, x) < 1e-5
+    with pytest.raises(ValueError, match="do not hold for mobilenet_v3_small: its columns are each image's own"):
+        made.c
+
+
+def test_a_head_that_tells_positions_apart():
+    made = network("vgg11", "random", image_size=64)
+    x = noise(made)
+    with torch.no_grad():
+        activations, y = made.outputs(x)
+        assert torch.equal(y, made.module(x))
+    assert not made.form and "classifier.0 (Linear)" in made.between
     assert [u.shape[2] for u in activations] == [16, 8, 4, 2]
-    with pytest.raises(ValueError, match=f"Theorem 1 and eq. 11 do not hold for {arch}: {re.escape(between)}"):
-        theorem1_residual(watched, x)
+    with pytest.raises(ValueError, match=f"Theorem 1 and eq. 11 do not hold for vgg11: {re.escape(made.between)}"):
+        theorem1_residual(made, x)
 
 
 @pytest.mark.parametrize("name", ["timm/resnet18", "timm/efficientnet_b0", "timm/regnety_002"])
@@ -167,7 +195,7 @@ def test_blocks_by_hand():
 
 def test_another_pool_is_noticed():
     watched = Network(Own("max"), input=pixels(32))
-    assert watched.between == "the input of its head is not the average of its feature maps"
+    assert not watched.form and "a maximum over positions lies" in watched.between
 
 
 POOLS = {
@@ -197,20 +225,132 @@ class Gated(nn.Module):
         return self.fc(self.pool(x))
 
 
-@pytest.mark.parametrize("pool", ["flatten", "view", "1d", "functional 1d"])
-def test_a_mean_over_flattened_positions_is_the_pool(pool):
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_pool_is_found_however_it_is_written(pool):
+    """The gate's pool does not pass for the one before the head."""
     watched = Network(Gated(pool), input=pixels(32))
     x = noise(watched)
     with torch.no_grad():
-        assert watched.blocks == ("first", "second") and watched.activations(x)[-1].shape == (2, 16, 8, 8)
+        assert watched.blocks == ("first", "second")
+        activations, y = watched.outputs(x)
+        assert activations[-1].shape == (2, 16, 8, 8) and torch.equal(y, watched.module(x))
     assert theorem1_residual(watched, x) < 1e-5
 
 
-@pytest.mark.parametrize("pool", ["sum", "twice"])
-def test_a_pool_that_is_not_recognised_is_refused(pool):
-    """The gate's pool must not pass for the one before the head."""
-    with pytest.raises(ValueError, match=r"second \(Conv2d\) of Gated makes maps after the last average pool"):
-        Network(Gated(pool), input=pixels(32))
+class Returning(nn.Module):
+    """Two heads on one encoder; what it returns is for a subclass of a test to say."""
+
+    def __init__(self, output, classes=4):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.fc, self.aux, self.last = nn.Linear(8, classes), nn.Linear(8, classes), nn.Conv2d(8, classes, 1)
+        self.bn, self.output = nn.BatchNorm1d(8), output
+        self.bn.running_mean.normal_()
+        self.bn.running_var.uniform_(0.5, 2)
+        self.bn.weight.data.normal_()
+        self.bn.bias.data.normal_()
+
+    def forward(self, x):
+        h = self.conv(x).relu()
+        return self.output(self, h, h.mean((2, 3)))
+
+
+OUTPUTS = {
+    "negated": lambda m, h, z: -m.fc(z),
+    "two heads averaged": lambda m, h, z: (m.fc(z) + m.aux(z)) / 2,
+    "F.linear": lambda m, h, z: F.linear(z, m.fc.weight, m.fc.bias),
+    "matrix product": lambda m, h, z: z @ m.fc.weight.T,
+    "einsum": lambda m, h, z: torch.einsum("nd,cd->nc", z, m.aux.weight),
+    "convolution after the pool": lambda m, h, z: m.last(z[..., None, None]).flatten(1),
+    "convolution before the pool": lambda m, h, z: m.last(h).mean((2, 3)),
+    "batch normalisation": lambda m, h, z: m.fc(m.bn(z)),
+    "with features": lambda m, h, z: (m.fc(z), z),
+    "temperature": lambda m, h, z: m.fc(z) / 0.07,
+    "in a dictionary": lambda m, h, z: {"logits": m.fc(z)},
+    "squeezed": lambda m, h, z: m.fc(F.adaptive_avg_pool2d(h, 1).squeeze()),
+    "channels last": lambda m, h, z: m.fc(h.permute(0, 2, 3, 1).mean((1, 2))),
+    "tokens": lambda m, h, z: m.fc(h.flatten(2).transpose(1, 2).mean(1)),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_what_is_explained_is_what_the_module_returns(output):
+    torch.manual_seed(0)
+    made = Network(Returning(OUTPUTS[output]).eval(), input=pixels(32))
+    x = noise(made, 5)
+    with torch.no_grad():
+        returned = made.module(x)
+        returned = returned[0] if isinstance(returned, tuple) else returned
+        returned = returned["logits"] if isinstance(returned, dict) else returned
+        activations, y = made.outputs(x)
+        torch.testing.assert_close(y, returned)
+        torch.testing.assert_close(activations[-1], made.module.conv(x).relu())
+        b = 0 if made.b is None else made.b
+        torch.testing.assert_close(activations[-1].mean((2, 3)) @ made.c.T + b, returned, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(made(x[:1]), returned[:1])
+    assert made.form == "linear" and theorem1_residual(made, x) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "sigmoid"])
+def test_probabilities_are_undone(name):
+    f = torch.sigmoid if name == "sigmoid" else getattr(F, name)
+    how = {} if name == "sigmoid" else {"dim": 1}
+    made = Network(Returning(lambda m, h, z: f(m.fc(z), **how)), input=pixels(32))
+    x = noise(made)
+    with torch.no_grad():
+        assert made.activation == name and made.head == "fc"
+        torch.testing.assert_close(f(made(x), **how), made.module(x))
+
+
+@pytest.mark.parametrize("output", [lambda m, h, z: m.fc(z), lambda m, h, z: m.fc(z).sigmoid()[:, 0]])
+def test_one_score_decides_between_two_classes_by_its_sign(output):
+    made = Network(Returning(output, 1), input=pixels(32), classes=["no", "yes"])
+    x = noise(made, 6)
+    with torch.no_grad():
+        y, score = made(x), made.module.fc(made.activations(x)[-1].mean((2, 3)))[:, 0]
+        torch.testing.assert_close(y.softmax(1)[:, 1], score.sigmoid())
+    assert y.shape == (6, 2) and torch.equal(y.argmax(1), (score > 0).long()) and made.c.shape == (2, 8)
+    torch.testing.assert_close(made.c[1], made.module.fc.weight[0] / 2)
+
+
+def test_a_cosine_head_scales():
+    """The embedding layer of an ArcFace-like head is not what is returned."""
+    made = Network(
+        Returning(lambda m, h, z: 16 * F.normalize(m.aux(z)) @ F.normalize(m.fc.weight[:, :4], dim=1).T), input=pixels(32)
+    )
+    x = noise(made)
+    with torch.no_grad():
+        assert torch.equal(made(x), made.module(x))
+    m = made.module
+    expected = 16 * F.normalize(m.fc.weight[:, :4], dim=1) @ m.aux.weight
+    torch.testing.assert_close(made.c, expected, rtol=1e-4, atol=1e-5)
+    assert made.form == "scaled" and theorem1_residual(made, x) < 1e-5
+
+
+def test_several_scores_are_asked_about():
+    module = Returning(lambda m, h, z: {"a": m.fc(z), "b": m.aux(z)})
+    with pytest.raises(ValueError, match=r"returns several: output\['a'\] \(4 values\), output\['b'\] .* by head= .*fc, aux"):
+        Network(module, input=pixels(32))
+    x, made = torch.randn(2, 3, 32, 32), Network(module, input=pixels(32), head="aux")
+    assert torch.equal(made(x), module(x)["b"]) and torch.equal(made.c, module.aux.weight) and not made.note
+
+
+class Two(nn.Module):
+    """An ensemble."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (Returning(OUTPUTS["F.linear"]) for _ in range(2))
+
+    def forward(self, x):
+        return (self.a(x) + self.b(x)) / 2
+
+
+def test_an_ensemble_is_refused():
+    with pytest.raises(ValueError, match="not made of one encoder's feature maps; head= names another head"):
+        Network(Two(), input=pixels(32))
+    with pytest.raises(ValueError, match="is a TorchScript module.*give the nn.Module it was made of"):
+        Network(torch.jit.trace(Two().eval(), torch.zeros(1, 3, 32, 32)), input=pixels(32))
 
 
 def test_equal_names_are_told_apart():
@@ -253,10 +393,9 @@ class NoPool(nn.Module):
     [
         (lambda: network("resnet18", "random", blocks=["layer9"]), "no block 'layer9'.*the nearest: layer[1-4], layer"),
         (lambda: network("resnet18", "random", blocks=["layer3", "layer2"]), "not in the order they are computed"),
-        (lambda: network("vgg11", "random", image_size=64, head="classifier"), "is a Sequential, not one linear layer"),
+        (lambda: network("vgg11", "random", image_size=64, head="features"), "head 'features' of vgg11 gives no scores"),
         (lambda: network("resnet18", "random", head="head"), "has no head 'head'; its linear layers: fc"),
-        (lambda: network("squeezenet1_1", "random"), "has no linear layer"),
-        (lambda: Network(NoPool(), input=pixels(32)), "has no average pool between"),
+        (lambda: network("vit_b_16", "random"), "attention lies between its feature maps and its scores"),
         (lambda: network("resnet19", "random"), "torchvision has no model 'resnet19'; the nearest: resnet1"),
         (lambda: network("resnet18", "random", classes=["a", "b"]), "2 class names, but the head 'fc' .* has 1000"),
         (lambda: network("resnet18", "nowhere.pt"), "nowhere.pt does not exist"),

@@ -59,11 +59,15 @@ AnyImage = int | str | Path | np.ndarray | Image.Image | Picture
 
 
 class Seen(NamedTuple):
-    """What network and prototypes make of images: y [n, C], h [n, D, H, W], q_s by start block [n, H_b, W_b]."""
+    """What network and prototypes make of images: y [n, C], h [n, D, H, W], q_s by start block [n, H_b, W_b].
+
+    ``pixels`` are the images themselves, uint8 [n, 1 or 3, S, S].
+    """
 
     y: torch.Tensor
     h: torch.Tensor
     maps: dict[int, torch.Tensor]
+    pixels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -271,7 +275,7 @@ class Explained:
         if picture.split in self.h:
             i = slice(picture.index, picture.index + 1)
             maps = {b: self.maps[b, picture.split][i].long() for b in self.explainers}
-            return Seen(self.y[picture.split][i], self.h[picture.split][i], maps)
+            return Seen(self.y[picture.split][i], self.h[picture.split][i], maps, picture.pixels[None])
         return self._seen(picture.pixels.tobytes(), picture.pixels.shape)
 
     def _see(self, pixels: bytes, shape: tuple[int, ...]) -> Seen:
@@ -284,7 +288,7 @@ class Explained:
         x, y = self.network.eval().outputs(self.network.input(pixels, device))
         double = [u.to(double_device(u.device)) for u in x]
         maps = {b: explainer.sim(explainer.h(double)).cpu() for b, explainer in self.explainers.items()}
-        return Seen(y.cpu(), x[-1].cpu(), maps)
+        return Seen(y.cpu(), x[-1].cpu(), maps, pixels)
 
     def target(self, target: str | int | None, seen: Seen) -> int:
         """Index of a class of the network, by name or index; empty or None: the one predicted for an image."""
@@ -294,12 +298,14 @@ class Explained:
         self, seen: Seen, target: str | int | None = "", start: str = "segments"
     ) -> dict[int, torch.Tensor] | None:
         """att(b:) by start block, [n, H_b, W_b]; None where eq. 11 does not hold. ``start`` as in ``carried``."""
-        if not self.network.pooled_linear:
+        if not self.network.form:
             return None
         predicted = seen.y.argmax(1)
         j = predicted if target in ("", None) else torch.full_like(predicted, self.network.output(target))
         last = self.explainers[self.start_blocks[0]]
-        att = attribution(seen.h, self.network.c.cpu()[j])
+        x = self.network.input(seen.pixels) if self.network.form == "gated" else seen.h
+        with exact():
+            att = attribution(seen.h, self.network.columns(x, j).detach().cpu())
         return carried(att, seen.maps, last.normalisation.align_corners, start=start)
 
     def interpretations(

@@ -119,7 +119,7 @@ class Explorer:
         self.start_block = ipywidgets.ToggleButtons(options=blocks, value=self._start_block)
         self.start_block.style.button_width = "5em"
         self.target = Dropdown(description="attribution to", options=classes, value=PREDICTED)
-        self.target.disabled = not explained.network.pooled_linear
+        self.target.disabled = not explained.network.form
         self.panels = Panels(view=self.view(first, self._start_block), still=f"kmex-still-{uuid4().hex[:8]}")
         controls = [self.image, self.start_block, self.target]
         for control in controls:

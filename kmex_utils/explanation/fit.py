@@ -105,7 +105,11 @@ def explain(
                 f"class {name!r} has {count} images to make prototypes from, fewer than K/C = {prototypes_per_class}: "
                 "lower prototypes_per_class or held_out, or add images"
             )
-    if not network.pooled_linear:
+    if network.note:
+        log(f"{network.name}: {network.note}")
+    if network.form == "gated":
+        log(f"the columns of {network.name} are each image's own (a gated head): attributions hold, Table 1's CNN does not")
+    if not network.form:
         log(f"no attributions: Theorem 1 and eq. 11 do not hold for {network.name}: {network.between}")
     explained = Explained(network, dataset, settings)
     with tempfile.TemporaryDirectory(dir=scratch) as temporary, exact(), torch.no_grad():
@@ -193,7 +197,7 @@ def _table(explained: Explained, z: dict[str, torch.Tensor], log: Callable[[str]
             f"folder's ({_some(explained.classes, 3)}): give classes="
         )
     else:
-        if network.pooled_linear:
+        if network.form in ("linear", "scaled"):
             vectors["CNN"] = network.c[outputs].cpu(), torch.arange(len(outputs))
         if not explained.predictions_as_labels:
             class_of = _relabelled(torch.arange(len(network.classes)), outputs)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..data import Input
 from .checkpoints import State, fingerprint, load_into, reason
-from .watch import Watched
+from .trace import noise
 
 _WITH_AUXILIARY = ("googlenet", "inception_v3")  # heads that serve training only: ours have none
 _NO_ARCHITECTURE = {"aux_logits", "device", "dtype", "init_weights"}  # constructors take these, too
@@ -166,6 +166,7 @@ def channels(arch: str, arch_args: Mapping[str, Any] | None = None) -> tuple[int
     """D_1 … D_B of a network by name."""
     with torch.random.fork_rng(devices=[]):
         built = build(arch, arch_args=arch_args)
-    watched = Watched(built.module.eval(), built.input.image_size, arch)
-    pool = watched.pool(watched.head(""))
-    return (*(call.channels for call in watched.blocks((), pool).values()), watched.h(pool).shape[1])
+    from .network import Network
+
+    network = Network(built.module, input=built.input, name=arch)
+    return tuple(x.shape[1] for x in network.activations(noise(built.input)))

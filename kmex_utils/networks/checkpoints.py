@@ -58,6 +58,10 @@ def reason(error: Exception) -> str:
 def fit_head(module: nn.Module, state: State, head: str, classes: Sequence[str], path: str | Path) -> None:
     """Give a network by name the file's number of classes, and a bias only if the file has one."""
     weight, linear = state.get(f"{head}.weight"), dict(module.named_modules()).get(head)
+    if isinstance(linear, nn.Conv2d) and weight is not None and weight.shape[2:] == (1, 1):
+        if len(weight) != linear.out_channels:
+            module.set_submodule(head, nn.Conv2d(linear.in_channels, len(weight), 1, bias=f"{head}.bias" in state))
+        return
     if weight is None or weight.dim() != 2 or not isinstance(linear, nn.Linear):
         return
     if classes and len(classes) != len(weight):

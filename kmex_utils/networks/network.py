@@ -1,16 +1,14 @@
 """Any CNN with average pool and linear head, seen as blocks: torchvision, timm, your own module, your weights.
 
-A network is run once on noise and watched. The *head* is the last linear layer, *h* what the last average pool before
-it averages, and the blocks are the last output at each resolution on the way there. Nothing is rebuilt: the network
-stays as it is, trained or explained, and its block outputs are read while it runs.
+A network is run on noise and watched. y are the scores it returns, *h* is the map whose mean over positions they are made
+of, found by value, and the blocks are the last output at each resolution on the way there. Nothing is rebuilt: the
+network stays as it is, trained or explained, and its block outputs are read while it runs.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
-from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +19,11 @@ from .. import paths
 from ..data import Input
 from ..data.dataset import IMAGENET_MEAN, IMAGENET_STD
 from ..hardware import exact
-from ..method.explainers import CNNAsSEM
 from ..store import load_json, load_tensors, save_json, save_tensors
 from .catalogue import Built, build, is_timm, is_torchvision
 from .checkpoints import fingerprint, fit_head, load_into, read_state, reason
-from .watch import H, Pools, Tap, Watched, noise
+from .head import Head, Tail, find, residual, scores, several
+from .trace import QUIET, Call, H, Layout, Pass, Tap, Trace, Value, noise
 
 IMAGENET = Input(224, IMAGENET_MEAN, IMAGENET_STD, "crop")
 SETTINGS, WEIGHTS = "network.json", "weights.safetensors"
@@ -40,15 +38,15 @@ class Network(nn.Module):
     Parameters
     ----------
     module
-        Takes images [N, 3, S, S], with float32 weights. What it returns does not matter: y is read at its head. It is
-        used as it is, not copied: put into eval mode, its parameters frozen, and left on the CPU after computations.
+        Takes images [N, 3, S, S], with float32 weights; returns scores [N, C], or a tuple or dictionary with them, maybe
+        as probabilities. It is used as it is, not copied: put into eval mode, its parameters frozen, and left on the CPU after computations.
         Give ``copy.deepcopy(module)`` to go on training it.
     blocks
         Names of the modules whose outputs are x(1), x(2) …; empty: the last output at each resolution, of the deepest
         four. The last block always ends at h, the input of the average pool. Of a module that is called several times
         ``pool`` is the last output, ``pool#0`` the first.
     head
-        Name of the linear layer; empty: the last one called.
+        Name of the module whose output are the scores y; empty: what the network returns.
     classes
         Names of the head's outputs; empty: their numbers. A name that several outputs bear gets their number:
         ``crane (134)``, ``crane (517)``.
@@ -59,8 +57,16 @@ class Network(nn.Module):
 
     Attributes
     ----------
-    between
-        What keeps y from being a linear function of avg.pool(h), in words; empty: nothing does.
+    form
+        How y follows from h: ``linear`` (Theorem 1), ``scaled`` or ``gated``, see :mod:`kmex_utils.networks.head`; empty: in
+        no such way, and ``between`` says why.
+    activation
+        What the network makes of y: ``softmax``, ``log_softmax``, ``sigmoid``; empty: it returns y.
+    binary
+        Whether it has one score, whose sign decides: the classes' scores are then its negative half and its half, whose
+        softmax is its sigmoid.
+    note
+        What is not as one may think, in one line; empty: nothing.
     named, assumed
         Whether the names of the outputs are known; which of ``image_size``, ``mean`` and ``std`` nobody said.
     """
@@ -84,16 +90,25 @@ class Network(nn.Module):
             raise ValueError(f"{self.name} has {kind} weights, explanations are float32: give module.float()")
         self.module = module
         self.eval().requires_grad_(False)
-        watched = Watched(self.module, input.image_size, self.name)
-        self.head = watched.head(head)
-        self._pool = watched.pool(self.head)
-        named, last = watched.blocks(blocks, self._pool), watched.returning_h(self._pool)
-        self.blocks = (*named, watched.encoder(self._pool))
-        before = [call.tap for call in named.values()]
-        self._taps = [*before, last.tap if last else None, watched.last(self.head).tap]  # of x(1) …, h, y
+        trace = Trace(self.module, input, self.name)
+        y, self.activation, self.note = self._scores_of(trace, head)
+        self._head = find(trace, y)
+        self.form, self.between = (self._head.form, "") if self._head else ("", _why(trace, y))
+        if self._head is None:
+            self._head = _last_maps(trace, y, self.between)
+        self.head = head or self._head.module or trace.module_of(y)
+        h = next(v for v in trace.values if self._head.h[0] in v.taps)
+        named = trace.blocks(blocks, h, self._head.h[1].grid, self._head.time)
+        trunk = trace.trunk(self._head.time)
+        self.blocks = (*named, trunk[-1].name if trunk else H)
+        first = [(call.tap, call.layout) for call in named.values()]
+        self._places: list[tuple[Tap, Layout | None]] = [*first, self._head.h, (self._head.y, None)]  # of x(1) …, h, y
         self._changed: set[int] = set()  # blocks whose output a later layer changes in place
-        self.between = watched.between(self._pool, self.head)
-        c = self.classifier.out_features
+        self._alone = any(name in ("squeeze", "squeeze_") for _, name in trace.names)
+        self._columns: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
+        c = y.means[0].shape[1]
+        self.binary = c == 1
+        c += self.binary
         if classes and len(classes) != c:
             raise ValueError(f"{len(classes)} class names, but the head {self.head!r} of {self.name} has {c} outputs")
         self.named = bool(classes)
@@ -102,27 +117,92 @@ class Network(nn.Module):
         told_apart = [f"{name} ({j})" if often[name] > 1 else name for j, name in enumerate(classes)]
         self.classes = tuple(told_apart or map(str, range(c)))
 
+    def _scores_of(self, trace: Trace, head: str) -> tuple[Value, str, str]:
+        """y, what the network makes of it, and what is to be said about it."""
+        returned = several(trace)
+        behind = [(path, kind, y) for path, value in returned for kind, y in scores(trace, value)]
+        if head:
+            try:
+                self.module.get_submodule(head)
+            except AttributeError:
+                raise ValueError(f"{self.name} has no head {head!r}; {_linear(trace)}") from None
+            at = [v for v in trace.values if any(t.source == head and not t.taken for t in v.taps)]
+            if not at or at[-1].vector is None:
+                what = "gives no scores [N, C]" if at else "is never called"
+                raise ValueError(f"the head {head!r} of {self.name} {what}; {_linear(trace)}")
+            y = at[-1]
+            kinds = [kind for _, kind, other in behind if other is y or torch.equal(other.means[0], y.means[0])]
+            note = "" if kinds else f"what its head {head!r} gives is explained, {self.name} returns something else"
+            return y, kinds[0] if kinds else "", note
+        if len(returned) == 1:
+            made = [(kind, y) for _, kind, y in behind]
+        else:  # what is no scores, as features beside them, has no head
+            made = [(kind, y) for _, kind, y in behind if find(trace, y)]
+        if not returned:
+            raise ValueError(f"{self.name} returns no scores [N, C]: wrap it in a module that does")
+        if len({id(y) for _, y in made}) != 1 and len(returned) > 1:
+            places = ", ".join(f"output{path} ({y.means[0].shape[1]} values)" for path, _, y in behind)
+            raise ValueError(f"{self.name} returns several: {places}; say by head= which is explained, {_linear(trace)}")
+        kind, y = made[0]
+        if y.means[0].shape[1] == 1:
+            return y, kind, "one score, whose sign decides between two classes: classes=[negative, positive] names them"
+        return y, kind, ""
+
     @property
-    def classifier(self) -> nn.Linear:
-        """The head."""
-        return cast(nn.Linear, self.module.get_submodule(self.head))
+    def classifier(self) -> nn.Linear | nn.Conv2d:
+        """The one layer whose weights are the columns; a ValueError where there is none."""
+        if not (self._head and self._head.module):
+            raise ValueError(f"{self.name} has no one linear layer whose weights are its columns")
+        return cast(nn.Linear, self.module.get_submodule(self._head.module))
 
     @property
     def pooled_linear(self) -> bool:
         """Whether y is a linear function of avg.pool(h), as eq. 2 says."""
-        return not self.between
+        return self.form == "linear"
+
+    def _affine(self) -> tuple[Tensor, Tensor, Tensor]:
+        """c, b and t of :mod:`kmex_utils.networks.head`, made again where weights have changed."""
+        if self.form not in ("linear", "scaled"):
+            why = self.between or "its columns are each image's own"
+            raise ValueError(f"Theorem 1 and eq. 11 do not hold for {self.name}: {why}; KMEx and B4 … do")
+        if self._head.module:
+            layer = self.classifier
+            zero = layer.weight.new_zeros(len(layer.weight))
+            found = layer.weight.flatten(1), zero if layer.bias is None else layer.bias, zero
+        else:
+            state = [(id(p), p._version) for p in (*self.module.parameters(), *self.module.buffers())]
+            if not self._columns or self._columns[0] != state:
+                like = next(self.module.parameters())
+                with exact():
+                    self._columns = state, self._head.affine(self.module, noise(self.input, like))
+            found = self._columns[1]
+        return tuple(map(_both, found)) if self.binary else found  # type: ignore[return-value]
 
     @property
     def c(self) -> Tensor:
-        """The head's columns c_j, [C, D]; a ValueError where they are no prototypes of h."""
-        if self.between:
-            raise ValueError(f"Theorem 1 and eq. 11 do not hold for {self.name}: {self.between}; KMEx and B4 … do")
-        return self.classifier.weight
+        """The columns c_j, [C, D]; a ValueError where they are no prototypes of h."""
+        return self._affine()[0]
 
     @property
     def b(self) -> Tensor | None:
-        """The head's bias, [C], or None."""
-        return self.classifier.bias
+        """The bias, [C], or None."""
+        if self._head.module and self.classifier.bias is None:
+            return None
+        return self._affine()[1]
+
+    def columns(self, x: Tensor, j: Tensor) -> Tensor:
+        """The column of class j of each image x [N, 3, S, S], [N, D]: c_j, or where they are gated c_j(x)."""
+        if self.form != "gated":
+            return self.c[j]
+        tail = Tail(self._head.h, self._head.y, lambda h: h)
+        tail.run(self.module, self._paired(x))
+        if self.binary:
+            return tail.column(torch.zeros_like(j))[: len(x)] * (j - 0.5)[:, None]
+        return tail.column(torch.cat([j] * (len(tail.y) // len(j))))[: len(x)]
+
+    def _paired(self, x: Tensor) -> Tensor:
+        """Where the module squeezes, one image goes in twice: alone it would lose its axis."""
+        return torch.cat([x, x]) if self._alone and len(x) == 1 else x
 
     def outputs(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """x(1) … x(B), each [N, D_b, H_b, W_b], and the prediction y [N, C] of one pass."""
@@ -147,38 +227,24 @@ class Network(nn.Module):
         h is what its tensor holds in the end. The blocks before it are wanted as they were returned: where a later
         layer changed one in place, the pass is made again with a copy of it, and every later pass copies it.
         """
-        read: dict[int, Tensor] = {}
-        versions: dict[int, int] = {}
-        h = len(self.blocks) - 1
-
-        def reading(block: int, tap: Tap) -> Callable[[nn.Module, Any, Tensor], None]:
-            calls = count()
-
-            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-                if next(calls) != tap.call:
-                    return
-                copied = block < h and (block in self._changed or output.is_inference())
-                read[block] = output.clone() if copied else output
-                if block < h and not copied:
-                    versions[block] = output._version
-
-            return hook
-
-        with ExitStack() as stack:
-            for block, tap in enumerate(self._taps[first:], first):
-                if tap is None:  # only h: a function makes it
-                    pools = stack.enter_context(Pools())
-                else:
-                    part = self.module.get_submodule(tap.name)
-                    stack.callback(part.register_forward_hook(reading(block, tap)).remove)
-            self.module(x)
-        if first <= h and self._taps[h] is None:
-            read[h] = pools.inputs[self._pool.call]
-        changed = {block for block, version in versions.items() if read[block]._version != version}
+        h, images = len(self.blocks) - 1, len(x)
+        wanted = {self._places[block][0]: block for block in range(first, len(self._places))}
+        reading = _Reading(wanted, h, self._changed)
+        reading.run(self.module, self._paired(x))
+        read = reading.read
+        changed = {block for block, version in reading.versions.items() if read[block]._version != version}
         if changed:
             self._changed |= changed
             return self._pass(x, first)
-        return [read[block] for block in range(first, len(self._taps))]
+        outputs = []
+        for block in range(first, len(self._places)):
+            found = self._places[block][1]
+            u = read[block]
+            u = found.to_maps(u) if found else u.reshape(-1, len(self.classes) - self.binary)
+            outputs.append((u if len(u) == images else u[:images]).float())
+        if self.binary:
+            outputs[-1] = _both(outputs[-1].T).T
+        return outputs
 
     def output(self, name: str | int) -> int:
         """Index of the output with this name or index; a ValueError that lists the nearest names if there is none."""
@@ -229,19 +295,80 @@ class Network(nn.Module):
     def _scores(self) -> list[list[float]]:
         """Of the first outputs on two images of noise."""
         with exact(), torch.no_grad():
-            y = self.eval()(noise(self.input.image_size, self.classifier.weight))
+            y = self.eval()(noise(self.input, next(self.module.parameters())))
         return y[:, :SCORES].tolist()
 
 
-@torch.no_grad()
-def theorem1_residual(network: Network, x: Tensor) -> float:
-    """The largest difference of both sides of eq. 5, relative to the largest score of clf(avg.pool(enc(x))).
+class _Reading(Pass):
+    """Reads what is at taps, as :meth:`Network._pass` says."""
 
-    A ValueError where something lies between average pool and head.
+    def __init__(self, wanted: dict[Tap, int], h: int, changed: set[int]) -> None:
+        sources = {tap.source for tap in wanted}
+        modules = [source for source in sources if isinstance(source, str)]
+        super().__init__(modules, {source for source in sources if not isinstance(source, str)})
+        self.wanted, self.last, self.changed = wanted, h, changed
+        self.read: dict[int, Tensor] = {}
+        self.versions: dict[int, int] = {}
+
+    def see(self, tap: Tap, x: Tensor) -> Tensor:
+        block = self.wanted.get(tap)
+        if block is not None:
+            copied = block < self.last and (block in self.changed or x.is_inference())
+            self.read[block] = x.clone() if copied else x
+            if block < self.last and not copied:
+                self.versions[block] = x._version
+        return x
+
+
+def _both(y: Tensor) -> Tensor:
+    """Of one score, [1, …], those of two classes."""
+    return torch.cat([-y / 2, y / 2])
+
+
+def _linear(trace: Trace) -> str:
+    linear = [call.name for call in trace.calls if issubclass(trace.kind(call), nn.Linear)]
+    return f"its linear layers: {', '.join(dict.fromkeys(linear[-5:])) or 'none'}"
+
+
+def _maps(trace: Trace, y: Value) -> list[Call]:
+    """The calls along the trunk whose maps all scores come from."""
+    trunk = trace.trunk(y.time)
+    return [c for c in trunk if c.end in y.cuts and max(c.size_out) > 1 and not issubclass(trace.kind(c), QUIET)]
+
+
+def _why(trace: Trace, y: Value) -> str:
+    """Why y is no function of an average of maps in any of the forms, in words."""
+    last = _maps(trace, y)
+    start = last[-1].end if last else 0
+    after = {name for at, name in trace.names if start < at < y.time}
+    if any("attention" in name or name == "softmax" for name in after):
+        return "attention lies between its feature maps and its scores"
+    if any("max" in name for name in after):
+        return "a maximum over positions lies between its feature maps and its scores"
+    return trace.between(start, y.time) or "its scores are not made of the average of its feature maps"
+
+
+def _last_maps(trace: Trace, y: Value, why: str) -> Head:
+    """The last maps that all scores come from, where no form holds."""
+    last = _maps(trace, y)
+    if not last or "attention" in why:
+        linear = _linear(trace)
+        several = "its scores are not made of one encoder's feature maps" if not last else why
+        raise ValueError(f"{trace.name} is not a CNN of eq. 1: {several}; head= names another head, {linear}")
+    call = last[-1]
+    tap = next(t for t in reversed(y.taps))
+    assert call.layout
+    return Head((call.tap, call.layout), tap, "", "", call.end + 1)
+
+
+def theorem1_residual(network: Network, x: Tensor) -> float:
+    """How far y is from its form in h (eq. 5, or beyond the paper), relative to the largest score.
+
+    A ValueError where no form holds.
     """
-    activations, y = network.outputs(x)
-    sem = CNNAsSEM(network.c, network.b)(activations)
-    return ((y - sem).abs().max() / y.abs().max()).item()
+    if not network.form:
+        raise ValueError(f"Theorem 1 and eq. 11 do not hold for {network.name}: {network.between}; KMEx and B4 … do")
+    return residual(network.module, network._head, x)
 
 
 # --- by name, to explain or to train ------------------------------------------------------------------------------
@@ -307,12 +434,11 @@ def network(
             transformed = bool(state) or weights == "imagenet"
             made = build(name, arch_args, imagenet=weights == "imagenet", transform_input=transformed)
         if state:
-            watched = Watched(made.module.eval(), image_size or made.input.image_size, name)
-            fit_head(made.module, state, head or watched.head(""), names, weights)
+            fit_head(made.module, state, head or Network(made.module, input=made.input, name=name).head, names, weights)
             load_into(made.module, state, name, weights)
         else:
             assumed = ()
-        made.module.to(memory_format=torch.channels_last)
+        _channels_last(made.module)
     input = replace(made.input, **{key: value for key, value in given.items() if value})
     names = names or made.classes
     network = Network(
@@ -320,6 +446,14 @@ def network(
     )
     network.assumed = tuple(key for key in assumed if not given[key])
     return network
+
+
+def _channels_last(module: nn.Module) -> nn.Module:
+    """Weights of two axes of positions so; ``nn.Module.to`` refuses others."""
+    for parameter in module.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return module
 
 
 def _class_names(classes: Sequence[str] | str | Path) -> tuple[str, ...]:
@@ -362,16 +496,17 @@ def for_training(
         torch.manual_seed(seed)
         made = build(arch, arch_args, imagenet=weights == "imagenet", transform_input=False)
         whole = Network(made.module, input=made.input, name=arch)
-        if whole.between:
-            raise ValueError(f"{arch} is not of the paper's form (eq. 1, 2): {whole.between}")
-        head = nn.Linear(whole.classifier.in_features, len(classes), bias=bias)
+        if whole.form != "linear" or not isinstance(whole.classifier, nn.Linear):
+            why = whole.between or f"its head is {whole.form}, not one linear layer"
+            raise ValueError(f"{arch} is not of the paper's form (eq. 1, 2): {why}")
+        head = nn.Linear(whole.c.shape[1], len(classes), bias=bias)
     made.module.set_submodule(whole.head, head)
     if state:
         shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] == whole.head}
         if shapes != {f"{whole.head}.{key}": value.shape for key, value in head.state_dict().items()}:
             state = {key: value for key, value in state.items() if key not in shapes}
         load_into(made.module, state, arch, weights, without=whole.head)
-    made.module.to(memory_format=torch.channels_last)
+    _channels_last(made.module)
     # blocks as they are at the library's size, where resolutions are far apart
     blocks, where = (*whole.blocks[:-1], H), whole.head
     return Network(
@@ -427,4 +562,4 @@ def _made_again(folder: Path, saved: dict[str, Any]) -> nn.Module:
             fit_head(module, state, saved["head"], (), folder / WEIGHTS)
             fix = ": train again with a lower learning_rate"
             load_into(module, state, reference["arch"], folder / WEIGHTS, fix=fix)
-    return module.to(memory_format=torch.channels_last)
+    return _channels_last(module)
