@@ -90,8 +90,10 @@ def _held(path: Path) -> Mapping[Any, Any]:
         start = file.read(64)
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickle protocols and TorchScript
-            safe = start[8:9] == b"{"  # after the header's length, whatever the file is called
-            content = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+            if start[8:9] == b"{":  # safetensors, whatever it is called: a header after its length
+                return load_file(path)
+            with path.open("rb") as file:  # by its path torch.load goes by the name's ending
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load and safetensors raise many kinds
         raise ValueError(f"{path} {_unreadable(path, start, error)}") from None
     if not isinstance(content, Mapping):
