@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import models
 
 from kmex_utils.networks import for_training, load, network
-from kmex_utils.networks.checkpoints import read
+from kmex_utils.networks.checkpoints import load_into, read
 from kmex_utils.networks.network import IMAGENET
 
 SMALL = "shufflenet_v2_x0_5"
@@ -142,7 +143,7 @@ def test_a_wrapped_module_takes_weights_of_plain_and_of_other_ones(trained, wrap
     plain = trained[own].module.state_dict()
     for weights in (plain, {f"model._orig_mod.module.{name}": value for name, value in plain.items()}):
         module = own()
-        network(wrap(module), weights, image_size=64)
+        load_into(wrap(module), weights, "own", "file")  # not run: compiling takes seconds
         assert torch.equal(outputs(module), outputs(trained[own].module))
 
 
@@ -159,7 +160,7 @@ def test_two_networks_in_a_checkpoint_are_not_guessed_between(trained):
     """Those with another number of classes neither; a teacher that has no such names is no matter."""
     student, teacher = trained[small].module, models.get_model(SMALL)
     both = nn.ModuleDict({"student": student, "teacher": teacher}).state_dict()
-    which = r"the given state dict holds several state dicts that fit equally \('student.', 'teacher.'\): give one of"
+    which = r"the given mapping holds several state dicts that fit equally \('student.', 'teacher.'\): save or give one"
     with pytest.raises(ValueError, match=which):
         network(SMALL, both, image_size=64)
     both = nn.ModuleDict({"teacher": models.resnet18(), "student": student}).state_dict()
@@ -230,9 +231,9 @@ def test_a_network_of_given_weights_is_saved_with_them(trained, tmp_path):
 @pytest.mark.parametrize(
     ("weights", "kind", "message"),
     [
-        ({}, ValueError, "the given state dict is not a state dict: names with tensors"),
-        ({"state_dict": {"epoch": 3}}, ValueError, "the given state dict is not a state dict: names with tensors"),
-        ({"fc.weight": [1.0]}, ValueError, "the given state dict is not a state dict: names with tensors"),
+        ({}, ValueError, "the given mapping is not a state dict: names with tensors"),
+        ({"state_dict": {"epoch": 3}}, ValueError, "the given mapping is not a state dict: names with tensors"),
+        ({"fc.weight": [1.0]}, ValueError, "the given mapping is not a state dict: names with tensors"),
         (own(), TypeError, r"got Sequential: give model.state_dict\(\)"),
         (None, TypeError, r"got NoneType: give model.state_dict\(\)"),
         (models.ResNet18_Weights.DEFAULT, TypeError, "got ResNet18_Weights"),
@@ -274,26 +275,20 @@ def saved(content, **options):
     return lambda path: torch.save(content, path, **options)
 
 
-def zipped(path):
-    import zipfile
+def zipped(*names):
+    def save(path):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.writestr(name, b"x")
 
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("run/best.pth", b"x")
-        archive.writestr("run/log.txt", b"x")
-
-
-def keras(path):
-    import zipfile
-
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in ("metadata.json", "config.json", "model.weights.h5"):
-            archive.writestr(name, b"x")
+    return save
 
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 12345\n"
 )
 EXPORT = r"save model.state_dict\(\) alone, in PyTorch or as safetensors$"
+PORT = "give the state dict of the same network in PyTorch$"
 AGAIN = "download or save it again$"
 LEGACY = {"_use_new_zipfile_serialization": False}
 STATE = own().state_dict()
@@ -307,16 +302,19 @@ FILES = {
     # ModelProto: ir_version 8, producer_name pytorch
     "model.onnx": (of_bytes(b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:\xaf"), f"is ONNX or a TensorFlow graph: {EXPORT}"),
     "saved_model.pb": (of_bytes(b"\x08\x01\x12\xb7\xd6\x17\x0a\xe0\xf0"), "is ONNX or a TensorFlow graph"),
-    "model.h5": (of_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64)), f"is HDF5, as Keras writes it: {EXPORT}"),
-    "model.keras": (keras, f"is of Keras: {EXPORT}"),
-    "model.ckpt.index": (of_bytes(bytes(40)), f"is of a TensorFlow checkpoint: {EXPORT}"),
+    "model.h5": (of_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64)), f"is HDF5, as Keras writes it: {PORT}"),
+    "model.keras": (zipped("config.json", "model.weights.h5"), f"is of Keras: {PORT}"),
+    "model.ckpt.index": (of_bytes(bytes(40)), f"is of a TensorFlow checkpoint: {PORT}"),
     "model.ckpt.data-00000-of-00001": (of_bytes(b"\x3f" * 40), "is of a TensorFlow checkpoint"),
-    "model.gguf": (of_bytes(b"GGUF\x03\0\0\0" + bytes(64)), f"is GGUF: {EXPORT}"),
+    "model.gguf": (of_bytes(b"GGUF\x03\0\0\0" + bytes(64)), f"is GGUF: {PORT}"),
     "arrays.npz": (lambda path: np.savez(path, a=np.ones(3)), f"is a NumPy archive: {EXPORT}"),
     "arrays.npy": (lambda path: np.save(path, np.ones(3)), f"is a NumPy array: {EXPORT}"),
     "scripted.pt": (torchscript, f"is a TorchScript archive: {EXPORT}"),
     "exported.pt2": (exported, f"is a program of torch.export: {EXPORT}"),
-    "zipped.zip": (zipped, r"is a zip archive \(run/best.pth, run/log.txt\): unpack it and give the file"),
+    "zipped.zip": (
+        zipped("run/best.pth", "run/log.txt"),
+        r"is a zip archive \(run/best.pth, run/log.txt\): unpack it and give the file",
+    ),
     "packed.pth.gz": (of_bytes(b"\x1f\x8b\x08\0" + bytes(40)), "is compressed: unpack it and give the file in it"),
     "module.pth": (
         saved(own()),
@@ -351,8 +349,22 @@ def test_a_file_that_is_no_state_dict_is_called_what_it_is(name, tmp_path, recwa
     recwarn.clear()
     with pytest.raises(ValueError, match=f"{name} .*{message}") as error:
         network(own(), tmp_path / name)
-    assert "\n" not in str(error.value) and not re.search("weights.only|trust", str(error.value), re.IGNORECASE)
+    assert "\n" not in str(error.value) and not re.search(
+        "weights.only|trust|safe_globals", str(error.value), re.IGNORECASE
+    )
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("content", [None, {"args": argparse.Namespace()}])
+def test_nothing_advises_to_unpickle(content, tmp_path, monkeypatch):
+    """Where the library's own file is damaged neither."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    file = tmp_path / "checkpoints" / "shufflenetv2_x0.5-f707e7126e.pth"
+    torch.save(content, file) if content else file.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"f707e7126e.pth is damaged \(.*Unsupported") as error:
+        network(SMALL)
+    assert not re.search("weights.only|trust|safe_globals", str(error.value), re.IGNORECASE)
 
 
 class Runs:

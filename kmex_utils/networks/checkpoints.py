@@ -25,20 +25,21 @@ _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inceptio
 _COUNTER = "num_batches_tracked"  # of batch normalisation: changes nothing
 
 _SAVE = "save model.state_dict() alone, in PyTorch or as safetensors"
+_PORT = "give the state dict of the same network in PyTorch"
 _BEGINNINGS = {  # of files that are no state dict: what they are and what to do
     rb"version https://git-lfs": "is a Git LFS pointer, not the file itself: fetch that with `git lfs pull`",
-    rb"\s*<[!?a-z]": "is a web page, not the file itself: download it again",
+    rb"(\xef\xbb\xbf)?\s*<[!?a-z]": "is a web page, not the file itself: download it again",
     rb"\s*[{\[]\s*\"": "is JSON: give the file with the tensors, or a name that ends in .index.json",
-    rb"\x89HDF": f"is HDF5, as Keras writes it: {_SAVE}",
+    rb"\x89HDF": f"is HDF5, as Keras writes it: {_PORT}",
     rb"\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a\x42]": f"is ONNX or a TensorFlow graph: {_SAVE}",
-    rb"GGUF": f"is GGUF: {_SAVE}",
+    rb"GGUF": f"is GGUF: {_PORT}",
     rb"\x93NUMPY": f"is a NumPy array: {_SAVE}",
     rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd": "is compressed: unpack it and give the file in it",
 }
 _ENTRIES = {  # how names in zip archives that are no state dict end
     "constants.pkl": f"is a TorchScript archive: {_SAVE}",
     "models/model.json": f"is a program of torch.export: {_SAVE}",
-    "model.weights.h5": f"is of Keras: {_SAVE}",
+    "model.weights.h5": f"is of Keras: {_PORT}",
     ".npy": f"is a NumPy archive: {_SAVE}",
 }
 
@@ -109,7 +110,7 @@ def _unreadable(path: Path, start: bytes, error: Exception) -> str:
         if re.match(pattern, start, re.IGNORECASE):
             return what
     if re.search(r"\.(data-\d+-of-\d+|index|meta)$", path.name):
-        return f"is of a TensorFlow checkpoint: {_SAVE}"
+        return f"is of a TensorFlow checkpoint: {_PORT}"
     if start.startswith(b"PK"):
         if not zipfile.is_zipfile(path):
             return "is cut short: download or save it again"
@@ -127,9 +128,9 @@ def _unreadable(path: Path, start: bytes, error: Exception) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, but for PyTorch's advice to unpickle what it refused."""
+    """The first line of an error, without PyTorch's advice to unpickle what it refused."""
     lines = (line.strip() for line in str(error).splitlines() if not re.search("weights.only", line, re.IGNORECASE))
-    return next(filter(None, lines), type(error).__name__)
+    return next(filter(None, lines), type(error).__name__).partition(" Please use `torch.serialization")[0]
 
 
 def fitting(module: nn.Module, content: Mapping[Any, Any], path: str | Path) -> State:
@@ -168,7 +169,7 @@ def fitting(module: nn.Module, content: Mapping[Any, Any], path: str | Path) -> 
     differing = [where for where, other in others if not _same(state, other)]
     if differing and most > len(names) / 2:
         which = ", ".join(map(repr, (chosen, *differing[:2])))
-        raise ValueError(f"{path} holds several state dicts that fit equally ({which}): give one of them alone")
+        raise ValueError(f"{path} holds several state dicts that fit equally ({which}): save or give one of them alone")
     return state
 
 

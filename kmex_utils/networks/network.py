@@ -288,7 +288,7 @@ def network(
     given: dict[str, Any] = {"image_size": image_size, "mean": tuple(mean), "std": tuple(std), "fit": fit}
     names, name = _class_names(classes), ""
     weights = str(weights) if isinstance(weights, Path) else weights
-    path = weights if isinstance(weights, str) else "the given state dict"
+    path = weights if isinstance(weights, str) else "the given mapping"
     assumed: tuple[str, ...] = ("image_size", "mean", "std")
     if isinstance(model, nn.Module):
         if weights in NO_FILES or arch_args:
