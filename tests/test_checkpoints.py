@@ -284,6 +284,14 @@ def zipped(*names):
     return save
 
 
+def damaged(path):
+    """One byte of the list at a zip archive's end."""
+    torch.save(STATE, path)
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x01\x02")] ^= 1
+    path.write_bytes(content)
+
+
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 12345\n"
 )
@@ -313,7 +321,7 @@ FILES = {
     "exported.pt2": (exported, f"is a program of torch.export: {EXPORT}"),
     "zipped.zip": (
         zipped("run/best.pth", "run/log.txt"),
-        r"is a zip archive \(run/best.pth, run/log.txt\): unpack it and give the file",
+        r"is a zip archive \('run/best.pth', 'run/log.txt'\): unpack it and give the file",
     ),
     "packed.pth.gz": (of_bytes(b"\x1f\x8b\x08\0" + bytes(40)), "is compressed: unpack it and give the file in it"),
     "module.pth": (
@@ -327,7 +335,8 @@ FILES = {
     ),
     "scalar.pth": (saved({"model": STATE, "best": np.float64(0.5)}), r"may run code \(numpy\S+.scalar\)"),
     "plain.pkl": (of_bytes(pickle.dumps({"a": np.ones(3)})), rf"holds pickled objects, which may run code: {EXPORT}"),
-    "cut.pth": (cut(saved(STATE), 0.9), f"is cut short: {AGAIN}"),
+    "cut.pth": (cut(saved(STATE), 0.9), f"is cut short or damaged: {AGAIN}"),
+    "damaged.pth": (damaged, f"is cut short or damaged: {AGAIN}"),
     "old cut.pth": (cut(saved(STATE, **LEGACY), 0.5), f"is not a readable state dict .*: {AGAIN}"),
     "cut.safetensors": (
         cut(lambda path: save_file(STATE, path), 0.9),

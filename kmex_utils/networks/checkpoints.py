@@ -112,14 +112,18 @@ def _unreadable(path: Path, start: bytes, error: Exception) -> str:
     if re.search(r"\.(data-\d+-of-\d+|index|meta)$", path.name):
         return f"is of a TensorFlow checkpoint: {_PORT}"
     if start.startswith(b"PK"):
-        if not zipfile.is_zipfile(path):
-            return "is cut short: download or save it again"
-        names = zipfile.ZipFile(path).namelist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except Exception:  # zipfile raises many kinds
+            return "is cut short or damaged: download or save it again"
         for ending, what in _ENTRIES.items():
             if any(name.endswith(ending) for name in names):
                 return what
         if not any(name.endswith("data.pkl") for name in names):
-            return f"is a zip archive ({', '.join(names[:3])}): unpack it and give the file with the state dict"
+            return (
+                f"is a zip archive ({', '.join(map(repr, names[:3]))}): unpack it and give the file with the state dict"
+            )
     name = re.search(r"GLOBAL (\S+)", str(error))
     if name or re.match(rb"\x80[\x03-\x05]", start):  # PyTorch's own begin with \x80\x02
         which = f" ({name[1]})" if name else ""
