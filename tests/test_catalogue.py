@@ -120,7 +120,12 @@ def test_a_head_with_bias():
 @pytest.mark.parametrize(
     ("arch", "weights", "kind", "message"),
     [
-        ("mobilenet_v3_small", "scratch", ValueError, "small is not of the paper's form .* its head is gated, not one linear layer"),
+        (
+            "mobilenet_v3_small",
+            "scratch",
+            ValueError,
+            "small is not of the paper's form .* its head is gated, not one linear layer",
+        ),
         ("resnet35", "scratch", ValueError, "torchvision has no model 'resnet35'; the nearest: .*resnet34"),
         ("timm/resnet35", "scratch", ValueError, "timm has no model 'resnet35'"),
         ("resnet18", "imagnet", FileNotFoundError, "imagnet does not exist: weights is 'imagenet', 'random' or a file"),

@@ -316,7 +316,8 @@ def test_one_score_decides_between_two_classes_by_its_sign(output):
 def test_a_cosine_head_scales():
     """The embedding layer of an ArcFace-like head is not what is returned."""
     made = Network(
-        Returning(lambda m, h, z: 16 * F.normalize(m.aux(z)) @ F.normalize(m.fc.weight[:, :4], dim=1).T), input=pixels(32)
+        Returning(lambda m, h, z: 16 * F.normalize(m.aux(z)) @ F.normalize(m.fc.weight[:, :4], dim=1).T),
+        input=pixels(32),
     )
     x = noise(made)
     with torch.no_grad():
@@ -329,7 +330,9 @@ def test_a_cosine_head_scales():
 
 def test_several_scores_are_asked_about():
     module = Returning(lambda m, h, z: {"a": m.fc(z), "b": m.aux(z)})
-    with pytest.raises(ValueError, match=r"returns several: output\['a'\] \(4 values\), output\['b'\] .* by head= .*fc, aux"):
+    with pytest.raises(
+        ValueError, match=r"returns several: output\['a'\] \(4 values\), output\['b'\] .* by head= .*fc, aux"
+    ):
         Network(module, input=pixels(32))
     x, made = torch.randn(2, 3, 32, 32), Network(module, input=pixels(32), head="aux")
     assert torch.equal(made(x), module(x)["b"]) and torch.equal(made.c, module.aux.weight) and not made.note
@@ -393,7 +396,10 @@ class NoPool(nn.Module):
     [
         (lambda: network("resnet18", "random", blocks=["layer9"]), "no block 'layer9'.*the nearest: layer[1-4], layer"),
         (lambda: network("resnet18", "random", blocks=["layer3", "layer2"]), "not in the order they are computed"),
-        (lambda: network("vgg11", "random", image_size=64, head="features"), "head 'features' of vgg11 gives no scores"),
+        (
+            lambda: network("vgg11", "random", image_size=64, head="features"),
+            "head 'features' of vgg11 gives no scores",
+        ),
         (lambda: network("resnet18", "random", head="head"), "has no head 'head'; its linear layers: fc"),
         (lambda: network("vit_b_16", "random"), "attention lies between its feature maps and its scores"),
         (lambda: network("resnet19", "random"), "torchvision has no model 'resnet19'; the nearest: resnet1"),

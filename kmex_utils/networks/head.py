@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .trace import Layout, Pass, Tap, Trace, Value, equal, tensors
@@ -184,7 +183,11 @@ def another(h: Tensor) -> Tensor:
     """Maps of the same shape and of no image: each a random mixture of those there are, of size one."""
     generator = torch.Generator().manual_seed(1)
     h = h.flip(0) * (0.5 + torch.rand(h.shape, generator=generator)).to(h)
-    return h / h.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12) * torch.arange(1, len(h) + 1).to(h)[:, None, None, None]
+    return (
+        h
+        / h.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
+        * torch.arange(1, len(h) + 1).to(h)[:, None, None, None]
+    )
 
 
 def _tap(value: Value) -> Tap:

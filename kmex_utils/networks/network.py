@@ -21,7 +21,7 @@ from ..data.dataset import IMAGENET_MEAN, IMAGENET_STD
 from ..hardware import exact
 from ..store import load_json, load_tensors, save_json, save_tensors
 from .catalogue import Built, build, is_timm, is_torchvision
-from .checkpoints import fingerprint, fit_head, load_into, read_state, reason
+from .checkpoints import fingerprint, fit_head, fitting, load_into, read, reason
 from .head import Head, Tail, find, residual, scores, several
 from .trace import QUIET, Call, H, Layout, Pass, Tap, Trace, Value, noise
 
@@ -142,7 +142,9 @@ class Network(nn.Module):
             raise ValueError(f"{self.name} returns no scores [N, C]: wrap it in a module that does")
         if len({id(y) for _, y in made}) != 1 and len(returned) > 1:
             places = ", ".join(f"output{path} ({y.means[0].shape[1]} values)" for path, _, y in behind)
-            raise ValueError(f"{self.name} returns several: {places}; say by head= which is explained, {_linear(trace)}")
+            raise ValueError(
+                f"{self.name} returns several: {places}; say by head= which is explained, {_linear(trace)}"
+            )
         kind, y = made[0]
         if y.means[0].shape[1] == 1:
             return y, kind, "one score, whose sign decides between two classes: classes=[negative, positive] names them"
@@ -376,7 +378,7 @@ def theorem1_residual(network: Network, x: Tensor) -> float:
 
 def network(
     model: str | Path | nn.Module,
-    weights: str | Path = "",
+    weights: str | Path | Mapping[str, Any] = "",
     *,
     arch_args: Mapping[str, Any] | None = None,
     classes: Sequence[str] | str | Path = (),
@@ -396,8 +398,10 @@ def network(
         A name of torchvision (``resnet50``) or timm (``timm/resnet50.a1_in1k``), your own ``nn.Module`` (used as it is
         and frozen, see :class:`Network`), or the folder of a run or of a saved explanation.
     weights
-        ``imagenet`` (the library's, downloaded on first use), ``random``, or a file with a state dict (safetensors, or
-        PyTorch's with tensors only). Empty: ``imagenet`` for a name; your module as it is.
+        ``imagenet`` (the library's, downloaded on first use), ``random``, a state dict or a file with one (safetensors,
+        or PyTorch's without pickled objects). Empty: ``imagenet`` for a name; your module as it is. A checkpoint is
+        searched for what fits, see :func:`~kmex_utils.networks.checkpoints.fitting`: prefixes are taken off, a loss and
+        an optimizer left, and weights taken rather than their average; give the average's state dict for that.
     arch_args
         Arguments of the library's class, plain data: ``{"layers": [2, 2, 2, 3]}`` of ``timm/resnet18``.
     classes, blocks, head
@@ -411,31 +415,34 @@ def network(
     What cannot be had or does not fit is one line of ValueError, FileNotFoundError, ConnectionError or ImportError.
     """
     given: dict[str, Any] = {"image_size": image_size, "mean": tuple(mean), "std": tuple(std), "fit": fit}
-    names, weights, name = _class_names(classes), str(weights), ""
+    names, name = _class_names(classes), ""
+    weights = str(weights) if isinstance(weights, Path) else weights
+    path = weights if isinstance(weights, str) else "the given mapping"
     assumed: tuple[str, ...] = ("image_size", "mean", "std")
     if isinstance(model, nn.Module):
         if weights in NO_FILES or arch_args:
             what = "arch_args" if arch_args else f"weights={weights!r}"
             raise ValueError(f"{what} goes with a model's name; your module comes with its own")
         made = Built(model, None, IMAGENET)
-        if weights:
-            load_into(model, read_state(weights), type(model).__name__, weights)
+        if weights != "":
+            load_into(model, read(weights), type(model).__name__, path)
     elif folder := _saved_at(model):
-        if weights or arch_args:
+        if weights != "" or arch_args:
             raise ValueError(f"weights and arch_args go with a model's name; the network in {folder} has its own")
         saved = load(folder)
         made = Built(saved.module, saved.reference, saved.input, saved.classes if saved.named else ())
         name, assumed, blocks, head = saved.name, saved.assumed, blocks or (*saved.blocks[:-1], H), head or saved.head
     else:
-        name, weights = str(model), weights or "imagenet"
-        state = {} if weights in NO_FILES else read_state(weights)
+        name, weights = str(model), "imagenet" if weights == "" else weights
+        content = None if weights in NO_FILES else read(weights)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            transformed = bool(state) or weights == "imagenet"
+            transformed = content is not None or weights == "imagenet"
             made = build(name, arch_args, imagenet=weights == "imagenet", transform_input=transformed)
-        if state:
-            fit_head(made.module, state, head or Network(made.module, input=made.input, name=name).head, names, weights)
-            load_into(made.module, state, name, weights)
+        if content is not None:
+            state = fitting(made.module, content, path)
+            fit_head(made.module, state, head or Network(made.module, input=made.input, name=name).head, names, path)
+            load_into(made.module, state, name, path)
         else:
             assumed = ()
         _channels_last(made.module)
@@ -491,7 +498,7 @@ def for_training(
     is taken too where the shapes agree. ``seed`` is that of the random initialisation, which leaves the caller's random
     state. Eq. 2 has no ``bias``.
     """
-    state = {} if weights in NO_FILES else read_state(paths.resolve(weights))
+    content = None if weights in NO_FILES else read(paths.resolve(weights))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = build(arch, arch_args, imagenet=weights == "imagenet", transform_input=False)
@@ -501,7 +508,8 @@ def for_training(
             raise ValueError(f"{arch} is not of the paper's form (eq. 1, 2): {why}")
         head = nn.Linear(whole.c.shape[1], len(classes), bias=bias)
     made.module.set_submodule(whole.head, head)
-    if state:
+    if content is not None:
+        state = fitting(made.module, content, weights)
         shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] == whole.head}
         if shapes != {f"{whole.head}.{key}": value.shape for key, value in head.state_dict().items()}:
             state = {key: value for key, value in state.items() if key not in shapes}

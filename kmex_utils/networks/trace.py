@@ -76,7 +76,7 @@ def layout(shape: Sequence[int], size: tuple[int, int], axis: int = 1) -> Layout
         grids = {2: tokens(shape[1]), 1: tokens(shape[2])}
     else:
         return None
-    if axis in grids and grids[axis]:
+    if grids.get(axis):
         grids = {axis: grids[axis], **grids}
     return next((Layout(axis, grid) for axis, grid in grids.items() if grid), None)
 
@@ -284,7 +284,9 @@ class Trace(Pass):
     def __init__(self, module: nn.Module, input: Input, name: str) -> None:
         if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
             kind = "a TorchScript" if isinstance(module, torch.jit.ScriptModule) else "an exported"
-            raise ValueError(f"{name} is {kind} module, whose layers cannot be watched: give the nn.Module it was made of")
+            raise ValueError(
+                f"{name} is {kind} module, whose layers cannot be watched: give the nn.Module it was made of"
+            )
         super().__init__()
         self.module, self.name, self.size = module, name, _size(input)
         self.x = noise(input, next(module.parameters(), None))
@@ -390,7 +392,9 @@ class Trace(Pass):
     def taken_for(self, value: Value) -> list[tuple[Value, Layout]]:
         """The maps, on the same grid, that the call which first gave this value took."""
         tap = value.taps[0]
-        taken = [v for v in self.values if any(t.taken and t[:2] == tap[:2] for t in v.taps) and not v.vector is not None]
+        taken = [
+            v for v in self.values if any(t.taken and t[:2] == tap[:2] for t in v.taps) and not v.vector is not None
+        ]
         grids = [(v, layout(v.shape, self.size)) for v in taken if v is not value]
         return [(v, found) for v, found in grids if found and math.prod(found.grid) > 1]
 
