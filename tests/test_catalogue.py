@@ -124,7 +124,7 @@ def test_a_head_with_bias():
             "mobilenet_v3_small",
             "scratch",
             ValueError,
-            "small is not of the paper's form .* its head is gated, not one linear layer",
+            "not of the paper's form .* its head is gated, not one linear",
         ),
         ("resnet35", "scratch", ValueError, "torchvision has no model 'resnet35'; the nearest: .*resnet34"),
         ("timm/resnet35", "scratch", ValueError, "timm has no model 'resnet35'"),

@@ -38,7 +38,7 @@ class Tail(Pass):
     """A pass from another h on.
 
     ``change`` makes it of the network's own, [N, D, H, W]. ``delta`` [N, D] is added to all its positions and has a
-    gradient. ``factors`` are the gates and norms met; given those of another pass, they are used in place of this one's.
+    gradient. ``factors`` are the gates and norms met; those of another pass, if given, are used in their place.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Tail(Pass):
         self.h = self.delta = self.y = torch.empty(0)
 
     def see(self, tap: Tap, x: Tensor) -> Tensor:
+        """Another h in the place of h; y."""
         if tap == self.tap:
             self._old = x
             self.h = self.change(self.layout.to_maps(x).float()).detach()
@@ -68,6 +69,7 @@ class Tail(Pass):
         return x
 
     def run(self, module: nn.Module, x: Tensor) -> Any:
+        """With gradients from h on."""
         with torch.enable_grad():
             return super().run(module, x)
 
@@ -78,6 +80,7 @@ class Tail(Pass):
         return factor
 
     def perform(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Gates and norms as factors, all else as it is."""
         a, name = (args[0] if args else None), func.__name__
         if self._past or not (isinstance(a, Tensor) and a.requires_grad):
             return func(*args, **kwargs)
@@ -133,7 +136,7 @@ class Tail(Pass):
         """c_j(x), [C, N, D]."""
         n, c = self.y.shape
         eye = torch.eye(c, device=self.y.device)
-        parts = []
+        parts: list[Tensor] = []
         for rows in eye.split(max(1, _AT_ONCE // max(self.h.numel(), 1))):
             weights = rows[:, None].expand(-1, n, -1)
             parts += torch.autograd.grad(self.y, self.delta, weights, retain_graph=True, is_grads_batched=True)

@@ -1,8 +1,8 @@
 """Any CNN with average pool and linear head, seen as blocks: torchvision, timm, your own module, your weights.
 
-A network is run on noise and watched. y are the scores it returns, *h* is the map whose mean over positions they are made
-of, found by value, and the blocks are the last output at each resolution on the way there. Nothing is rebuilt: the
-network stays as it is, trained or explained, and its block outputs are read while it runs.
+A network is run on noise and watched. y are the scores it returns, *h* is the map whose mean over positions they are
+made of, found by value, and the blocks are the last output at each resolution on the way there. Nothing is rebuilt:
+the network stays as it is, trained or explained, and its block outputs are read while it runs.
 """
 
 from collections import Counter
@@ -38,8 +38,9 @@ class Network(nn.Module):
     Parameters
     ----------
     module
-        Takes images [N, 3, S, S], with float32 weights; returns scores [N, C], or a tuple or dictionary with them, maybe
-        as probabilities. It is used as it is, not copied: put into eval mode, its parameters frozen, and left on the CPU after computations.
+        Takes images [N, 3, S, S], with float32 weights; returns scores [N, C], or a tuple or dictionary with them,
+        maybe as probabilities. It is used as it is, not copied: put into eval mode, its parameters frozen, and left on
+        the CPU after computations.
         Give ``copy.deepcopy(module)`` to go on training it.
     blocks
         Names of the modules whose outputs are x(1), x(2) …; empty: the last output at each resolution, of the deepest
@@ -58,8 +59,8 @@ class Network(nn.Module):
     Attributes
     ----------
     form
-        How y follows from h: ``linear`` (Theorem 1), ``scaled`` or ``gated``, see :mod:`kmex_utils.networks.head`; empty: in
-        no such way, and ``between`` says why.
+        How y follows from h: ``linear`` (Theorem 1), ``scaled`` or ``gated``, see :mod:`kmex_utils.networks.head`;
+        empty: in no such way, and ``between`` says why.
     activation
         What the network makes of y: ``softmax``, ``log_softmax``, ``sigmoid``; empty: it returns y.
     binary
@@ -92,10 +93,9 @@ class Network(nn.Module):
         self.eval().requires_grad_(False)
         trace = Trace(self.module, input, self.name)
         y, self.activation, self.note = self._scores_of(trace, head)
-        self._head = find(trace, y)
-        self.form, self.between = (self._head.form, "") if self._head else ("", _why(trace, y))
-        if self._head is None:
-            self._head = _last_maps(trace, y, self.between)
+        found = find(trace, y)
+        self.form, self.between = (found.form, "") if found else ("", _why(trace, y))
+        self._head = found or _last_maps(trace, y, self.between)
         self.head = head or self._head.module or trace.module_of(y)
         h = next(v for v in trace.values if self._head.h[0] in v.taps)
         named = trace.blocks(blocks, h, self._head.h[1].grid, self._head.time)
@@ -153,7 +153,7 @@ class Network(nn.Module):
     @property
     def classifier(self) -> nn.Linear | nn.Conv2d:
         """The one layer whose weights are the columns; a ValueError where there is none."""
-        if not (self._head and self._head.module):
+        if not self._head.module:
             raise ValueError(f"{self.name} has no one linear layer whose weights are its columns")
         return cast(nn.Linear, self.module.get_submodule(self._head.module))
 

@@ -1,8 +1,8 @@
 """A network run on noise and noted: every tensor that a module returns or a function of PyTorch takes or returns.
 
-Heads, pools and activations are as often functions (``F.relu``, ``x.mean((2, 3))``, ``x @ w``) as modules, and hooks see
-modules only. A ``TorchFunctionMode`` sees every call, with gradients as without, whichever module makes it, and can hand
-out another tensor in place of one. Tensors are known by their values: h is what has the mean z, whatever made it.
+Heads, pools and activations are as often functions (``F.relu``, ``x.mean((2, 3))``, ``x @ w``) as modules, and hooks
+see modules only. A ``TorchFunctionMode`` sees every call, with gradients as without, whichever module makes it, and can
+hand out another tensor in place of one. Tensors are known by their values: h is what has the mean z, whatever made it.
 """
 
 import math
@@ -29,11 +29,11 @@ H = "h"  # as the last of blocks given by name: what the average pool averages
 
 
 class Tap(NamedTuple):
-    """Where a tensor is read: the ``index``-th of those that the ``call``-th call of ``source`` returns (or takes)."""
+    """Where a tensor is read: the ``which``-th of those that the ``call``-th call of ``source`` returns (or takes)."""
 
     source: Any  # a module's name, or a function of PyTorch
     call: int
-    index: int = 0
+    which: int = 0
     taken: bool = False
 
 
@@ -191,7 +191,7 @@ class Value:
     @property
     def vector(self) -> Tensor | None:
         """Itself, [N, D], where it has one position."""
-        return self.means[0] if 0 in self.means else None
+        return self.means.get(0)
 
     def positions(self, axis: int) -> int:
         """R, with channels along an axis."""
@@ -210,7 +210,7 @@ class Call:
     end: int = 0
     size_out: tuple[int, ...] = ()
     channels: int = 0
-    tap: Tap = Tap("", 0)
+    tap: Tap = field(default_factory=lambda: Tap("", 0))
     layout: Layout | None = None
 
     def halvings(self) -> int:
@@ -312,6 +312,7 @@ class Trace(Pass):
         self._known.clear()
 
     def entered(self, tap: Tap, args: Any) -> None:
+        """Its size before."""
         first = next((t for _, t in tensors(args)), None)
         found = None if first is None else layout(first.shape, self.size)
         call = Call(tap.source, tap.call, self.tick(), found.grid if found else ())
@@ -320,6 +321,7 @@ class Trace(Pass):
         self._open.append(call)
 
     def left(self, tap: Tap, output: Any) -> None:
+        """Its size after."""
         call = self._open.pop()
         call.end = self.tick()
         for index, (_, t) in enumerate(tensors(output)):
@@ -331,10 +333,12 @@ class Trace(Pass):
         self.calls.append(call)
 
     def perform(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """As it is; its name is noted."""
         self.names.append((self.tick(), func.__name__))
         return func(*args, **kwargs)
 
     def see(self, tap: Tap, x: Tensor) -> Tensor:
+        """As it is; its value is noted."""
         value = self._value(x)
         if value:
             value.taps.append(tap)
