@@ -108,9 +108,7 @@ def explain(
     if network.note:
         log(f"{network.name}: {network.note}")
     if network.form == "gated":
-        log(
-            f"the columns of {network.name} are each image's own (a gated head): attributions hold, Table 1's CNN does not"
-        )
+        log(f"the columns of {network.name} are each image's own (gated): no row in Table 1")
     if not network.form:
         log(f"no attributions: Theorem 1 and eq. 11 do not hold for {network.name}: {network.between}")
     explained = Explained(network, dataset, settings)
