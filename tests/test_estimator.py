@@ -135,6 +135,12 @@ def test_what_cannot_be_clustered_is_one_line(digits):
         KMExClassifier(1, restarts=0).fit(z, y)
     with pytest.raises(TypeError, match="^prototypes_per_class must be an integer, got 2.5$"):
         KMExClassifier(2.5).fit(z, y)
+    for scale in (5e17, 1e20):  # float32's end is 3e38
+        with pytest.raises(
+            ValueError,
+            match=r"^the embeddings hold NaN or infinite values, or too large ones to square in float32: [^\n]+$",
+        ):
+            KMExClassifier(1).fit(z * scale, y)
 
 
 def test_without_scikit_learn_one_line():
