@@ -23,7 +23,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from kmex_utils.explanation.passed import Passed
 from kmex_utils.method.estimator import KMExClassifier
 
-TOO_FEW = "the check's data has a class with fewer members than K/C, which is refused"
+TOO_FEW = "a single sample is fewer than K/C, which is refused"
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,7 @@ def digits():
     return z, np.array(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])[y]
 
 
-@pytest.mark.parametrize(
-    ("prototypes_per_class", "refused"), [(1, ()), (5, ("check_fit2d_1sample", "check_fit2d_1feature"))]
-)
+@pytest.mark.parametrize(("prototypes_per_class", "refused"), [(1, ()), (2, ("check_fit2d_1sample",))])
 def test_scikit_learns_own_checks(prototypes_per_class, refused):
     expected = dict.fromkeys(refused, TOO_FEW)
     done = check_estimator(
