@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from .arrays import Labels
+    from .captum import BlockAttribution
     from .explorer import Explorer
 
 NEAREST = 5  # patches of each prototype, of as many images: what one row of the explorer holds
@@ -281,11 +283,15 @@ class Explained:
     def _see(self, pixels: bytes, shape: tuple[int, ...]) -> Seen:
         return self.see(np.frombuffer(pixels, np.uint8).reshape(1, *shape))
 
-    @torch.no_grad()
-    @exact()
     def see(self, pixels: np.ndarray, device: torch.device | str = "cpu") -> Seen:
         """What the network and the prototypes make of images, uint8 [n, 1 or 3, S, S]."""
-        x, y = self.network.eval().outputs(self.network.input(pixels, device))
+        return self.see_inputs(self.network.input(pixels, device))
+
+    @torch.no_grad()
+    @exact()
+    def see_inputs(self, inputs: torch.Tensor) -> Seen:
+        """The same of what enters the network, float32 [n, 3, S, S], where the network is."""
+        x, y = self.network.eval().outputs(inputs)
         double = [u.to(double_device(u.device)) for u in x]
         maps = {b: explainer.sim(explainer.h(double)).cpu() for b, explainer in self.explainers.items()}
         return Seen(y.cpu(), x[-1].cpu(), maps, pixels)
@@ -389,6 +395,31 @@ class Explained:
         if not images:
             raise ValueError("give the folder of images to export: the prototypes are of a data set, not of a folder")
         return export(self, Path(folder), images, **options)
+
+    def labels(self, image: AnyImage, start_block: int = 0, **options: Any) -> "Labels":
+        """Map and attribution of an image as arrays of its size, from a start block (0: the shallowest).
+
+        ``options``: ``target`` and ``attribution_start`` as in :meth:`panel`.
+        """
+        from .arrays import labels
+
+        return labels(self, image, start_block, **options)
+
+    def captum(self, start_block: int = 0, attribution_start: str = "segments") -> "BlockAttribution":
+        """att(b:) as an ``Attribution`` of captum, from a start block (0: the shallowest)."""
+        from .captum import BlockAttribution
+
+        return BlockAttribution(self, start_block, attribution_start)
+
+    def explain_func(self, model: nn.Module, inputs: np.ndarray, targets: np.ndarray, **options: Any) -> np.ndarray:
+        """att(b:) of network inputs [N, 3, S, S], [N, 1, S, S], in the form that Quantus calls.
+
+        ``options``: ``start_block`` (0: the shallowest) and ``attribution_start``. A ValueError for a ``model`` that is
+        not the network explained.
+        """
+        from .arrays import explain_func
+
+        return explain_func(self, model, inputs, targets, **options)
 
     # to keep
 

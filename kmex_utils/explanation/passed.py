@@ -10,8 +10,7 @@ import torch
 
 from ..data import Dataset
 from ..method.composite import Normalisation
-from ..method.explainers import EncoderKMeans, KMEx, avg_pool, block_name
-from ..method.kmeans import DenseRows
+from ..method.explainers import EncoderKMeans, KMEx, avg_pool, block_name, fit_kmex
 from ..method.measures import accuracy
 from ..method.operator import CompositeRows
 from ..method.products import double_device
@@ -132,18 +131,6 @@ class Passed:
 
     def _all(self, split: str) -> torch.Tensor:
         return torch.arange(len(self.x[split]))
-
-
-def fit_kmex(
-    z: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], prototypes_per_class: int, **options: Any
-) -> KMEx:
-    """KMEx from embeddings z [N, D] and labels [N] (section 3.2); ``options``: ``seed`` and ``restarts`` of k-means."""
-
-    def rows_of(index: torch.Tensor) -> DenseRows:
-        return DenseRows(z[index])
-
-    name = f"KMEx, K/C = {prototypes_per_class}"
-    return KMEx(classwise(rows_of, labels, classes, prototypes_per_class, progress=name, **options), len(classes))
 
 
 def accuracies(

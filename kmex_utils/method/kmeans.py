@@ -74,8 +74,6 @@ class DenseRows:
     rows_per_image = 1
 
     def __init__(self, matrix: torch.Tensor) -> None:
-        if not torch.isfinite(matrix).all():
-            raise ValueError("the embeddings hold NaN or infinite values: check the images and the weights")
         self.dim = matrix.shape[1]
         self.device = matrix.device
         self.origin = matrix.mean(0)
@@ -83,6 +81,9 @@ class DenseRows:
         size = products.rows_per_chunk(self.device)
         spans = [slice(start, min(start + size, len(matrix))) for start in range(0, len(matrix), size)]
         self._chunks = [(span, _DenseChunk(self.matrix[span])) for span in spans]
+        if not all(torch.isfinite(4 * chunk.squared).all() for _, chunk in self._chunks):  # no distance² is larger
+            what = "the embeddings hold NaN or infinite values, or too large ones to square in float32"
+            raise ValueError(f"{what}: check the images and the weights, or scale the embeddings")
 
     def __len__(self) -> int:
         return len(self.matrix)

@@ -50,7 +50,7 @@ def classwise(
     members = [torch.nonzero(labels == c).flatten() for c in range(len(classes))]
     check_enough(members, classes, prototypes_per_class, rows_of)
     parts = []
-    for c, index in enumerate(tqdm(members, progress, leave=False)):
+    for c, index in enumerate(tqdm(members, progress, leave=False, delay=1)):
         rows = rows_of(index)
         clusters = kmeans(rows, prototypes_per_class, seed=seed + _SEEDS_APART * c, **options)
         nearest = clusters.nearest.cpu()
