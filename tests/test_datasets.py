@@ -363,8 +363,8 @@ def test_unreadable_items_stop_or_are_left_out():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (Items([(torch.zeros(3, 8, 8), 0)]), "got float32 [3, 8, 8]: drop ToTensor and Normalize from its transforms"),
-        (Items([(np.zeros((8, 8, 5), np.uint8), 0)]), "uint8 [H, W, 3] or [3, H, W], got uint8 [8, 8, 5]"),
+        (Items([(torch.full((3, 8, 8), 9.0), 0)]), "values 9 … 9 are not in [0, 1], nor normalised by mean (0.485, "),
+        (Items([(np.zeros((8, 8, 5), np.uint8), 0)]), "or floats [3, H, W], got uint8 [8, 8, 5]"),
         (Items([{"image": 0}]), "items must be (image, integer label), got <class 'dict'>"),
         (Items([(np.zeros((8, 8, 3), np.uint8), 0.5)]), "items must be (image, integer label)"),
         (Items([(np.zeros((8, 8, 3), np.uint8), 0)] * 3), "labels must be 0, 1 … of at least two classes, got [0]"),
@@ -373,7 +373,7 @@ def test_unreadable_items_stop_or_are_left_out():
             tuple(Items([(np.zeros((8, 8, 3), np.uint8), c) for c in labels]) for labels in ((0, 1), (1, 2))),
             "the test images have labels that the training images lack: [2]",
         ),
-        (5, "give a known name, a folder, a torch data set or a pair (train, test), got <class 'int'>"),
+        (5, "a torch data set with a length or its DataLoader, or a pair (train, test), got <class 'int'>"),
     ],
 )
 def test_items_that_do_not_do(source, message):
@@ -422,7 +422,7 @@ def test_bad_choices(arguments, message):
     ("changes", "message"),
     [
         ({"image_size": 0}, "image_size must be at least 1"),
-        ({"mean": (0.5,)}, "mean and std must be of R, G and B"),
+        ({"mean": (0.5, 0.5)}, "mean and std must be of R, G and B, or one value, std positive; got (0.5, 0.5)"),
         ({"std": (0.0,) * 3}, "std positive"),
         ({"fit": "pad"}, "fit must be crop or stretch"),
     ],

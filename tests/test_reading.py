@@ -61,7 +61,7 @@ def saved_on_its_side(file):
 
 def test_an_image_on_its_side_is_turned(tmp_path):
     saved_on_its_side(tmp_path / "a.png")
-    pixels, _ = reading.read(tmp_path / "a.png", 20, "stretch")
+    pixels, *_ = reading.read(tmp_path / "a.png", Input(20, 0, 1))
     assert (pixels[:, :8] > 200).all() and (pixels[:, 12:] < 50).all()
 
 
@@ -69,11 +69,11 @@ def test_16_bits_have_one_scale(tmp_path):
     """A dark 16-bit image stays dark: the scale is the mode's, not the image's own."""
     for name, value in (("dark", 5140), ("white", 65535)):
         Image.fromarray(np.full((20, 20), value, np.uint16)).save(tmp_path / f"{name}.png")
-    assert reading.read(tmp_path / "dark.png", 20, "crop")[0].max() == 20
-    assert reading.read(tmp_path / "white.png", 20, "crop")[0].min() == 255
+    assert reading.read(tmp_path / "dark.png", Input(20, 0, 1, "crop"))[0].max() == 20
+    assert reading.read(tmp_path / "white.png", Input(20, 0, 1, "crop"))[0].min() == 255
     Image.fromarray(np.ones((20, 20), np.float32)).save(tmp_path / "f.tiff")
     with pytest.raises(ValueError, match="no fixed white"):
-        reading.read(tmp_path / "f.tiff", 20, "crop")
+        reading.read(tmp_path / "f.tiff", Input(20, 0, 1, "crop"))
 
 
 def test_training_reads_as_explaining_does(tmp_path):
@@ -89,7 +89,7 @@ def test_training_reads_as_explaining_does(tmp_path):
         trained, explained = load(tmp_path, input, data=tmp_path / "data"), lenient(tmp_path, input)
         assert trained.train.names == ("train/phone/turned.jpg", "train/ramp/16.png")
         for i, name in enumerate(trained.train.names):
-            pixels, _ = reading.read(tmp_path / name, 64, fit)
+            pixels, *_ = reading.read(tmp_path / name, input)
             assert np.array_equal(trained.train.pixels[i], pixels), name
             assert np.array_equal(explained.train.pixels[i], pixels), name
         assert np.abs(trained.train.pixels[1] - ramp / 257).max() <= 0.5
@@ -105,7 +105,7 @@ def test_ordinary_images_are_only_cut_and_resized(ending, box, tmp_path):
     with Image.open(file) as image:
         cut = image if box is None else image.crop((3, 5, 33, 26))
         expected = np.asarray(cut.resize((24, 24), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    result, kind = reading.read(file, 24, "stretch", box)
+    result, kind, _ = reading.read(file, Input(24, 0, 1), box)
     assert np.array_equal(result, expected) and kind == ""
 
 

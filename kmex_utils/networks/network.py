@@ -6,9 +6,9 @@ stays as it is, trained or explained, and its block outputs are read while it ru
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import paths
-from ..data import Input
-from ..data.dataset import IMAGENET_MEAN, IMAGENET_STD
+from ..data import IMAGENET_MEAN, IMAGENET_STD, Input
+from ..data.input import name_of, numbers, read_off
 from ..hardware import exact
 from ..method.explainers import CNNAsSEM
 from ..store import load_json, load_tensors, save_json, save_tensors
 from .catalogue import Built, build, is_timm, is_torchvision
 from .checkpoints import fingerprint, fit_head, load_into, read_state, reason
+from .class_names import class_names
 from .watch import H, Pools, Tap, Watched, noise
 
 IMAGENET = Input(224, IMAGENET_MEAN, IMAGENET_STD, "crop")
@@ -84,7 +85,7 @@ class Network(nn.Module):
             raise ValueError(f"{self.name} has {kind} weights, explanations are float32: give module.float()")
         self.module = module
         self.eval().requires_grad_(False)
-        watched = Watched(self.module, input.image_size, self.name)
+        watched = Watched(self.module, input.size, self.name, input.channels)
         self.head = watched.head(head)
         self._pool = watched.pool(self.head)
         named, last = watched.blocks(blocks, self._pool), watched.returning_h(self._pool)
@@ -192,8 +193,10 @@ class Network(nn.Module):
 
     def preprocessing(self) -> str:
         """Input size and normalisation in a few words, with what is assumed."""
-        size = self.input.image_size
-        words = f"{size} x {size} pixels ({self.input.fit}), mean {self.input.mean}, std {self.input.std}"
+        input = self.input
+        how = name_of(input.transform) if input.transform else input.fit
+        words = f"{' x '.join(map(str, input.size))} pixels ({how}), mean {input.mean}, std {input.std}"
+        words += f", window {input.window}" if input.window else ""
         if not self.assumed:
             return words
         given = ", ".join(f"{name}=" for name in self.assumed)
@@ -207,7 +210,7 @@ class Network(nn.Module):
     def settings(self) -> dict[str, Any]:
         """What fixes the explanation, to be saved with it."""
         settings = {name: getattr(self, name) for name in ("name", "blocks", "head", "between")}
-        return {"network": {**settings, **asdict(self.input), "weights": self.fingerprint}}
+        return {"network": {**settings, **self.input.settings, "weights": self.fingerprint}}
 
     def save(self, folder: str | Path) -> None:
         """Write ``network.json``, and ``weights.safetensors`` under the library's own names, for :func:`load`.
@@ -219,7 +222,7 @@ class Network(nn.Module):
         if (folder / WEIGHTS).exists() and not (folder / SETTINGS).exists():
             raise FileExistsError(f"{folder / WEIGHTS} is not of a network saved here: choose another folder")
         names = ("name", "reference", "blocks", "head", "classes", "named", "assumed")
-        saved = {**{name: getattr(self, name) for name in names}, "input": asdict(self.input)}
+        saved = {**{name: getattr(self, name) for name in names}, "input": self.input.settings}
         save_json(folder / SETTINGS, {**saved, "fingerprint": weights, "scores": self._scores()})
         if self.reference is None or self.reference["weights"] == weights:
             (folder / WEIGHTS).unlink(missing_ok=True)
@@ -229,7 +232,7 @@ class Network(nn.Module):
     def _scores(self) -> list[list[float]]:
         """Of the first outputs on two images of noise."""
         with exact(), torch.no_grad():
-            y = self.eval()(noise(self.input.image_size, self.classifier.weight))
+            y = self.eval()(noise(self.input.size, self.classifier.weight, self.input.channels))
         return y[:, :SCORES].tolist()
 
 
@@ -252,13 +255,15 @@ def network(
     weights: str | Path = "",
     *,
     arch_args: Mapping[str, Any] | None = None,
-    classes: Sequence[str] | str | Path = (),
+    classes: Iterable[str] | Mapping[Any, Any] | str | Path = (),
     blocks: Sequence[str] = (),
     head: str = "",
-    image_size: int = 0,
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
+    image_size: int | Sequence[int] = 0,
+    mean: float | Sequence[float] | Any = (),
+    std: float | Sequence[float] | Any = (),
     fit: str = "",
+    window: Sequence[float] = (),
+    transform: Callable[[Any], Tensor] | None = None,
     seed: int = 0,
 ) -> Network:
     """A network to explain, from a name and weights; nothing is trained.
@@ -274,17 +279,27 @@ def network(
     arch_args
         Arguments of the library's class, plain data: ``{"layers": [2, 2, 2, 3]}`` of ``timm/resnet18``.
     classes, blocks, head
-        As in :class:`Network`; ``classes`` also a text file with one a line, or empty: known from the weights.
+        As in :class:`Network`; ``classes`` in any form that :func:`~kmex_utils.networks.class_names.class_names` takes,
+        or empty: known from the weights.
     image_size, mean, std, fit
+        ``image_size`` a number or (H, W), ``mean`` and ``std`` numbers, arrays or tensors, one value or one a channel.
         0 or empty: those of the library's weights for that name, else 224, ImageNet's and ``crop``. What weights from a
         file or your module were trained with is not known: :func:`kmex_utils.explain` says what it assumes.
+    window, transform
+        As in :class:`~kmex_utils.data.Input`. What is not given beside a ``transform`` is read off what it makes of a
+        black and a white image: size, mean and std.
     seed
         Of random weights.
 
     What cannot be had or does not fit is one line of ValueError, FileNotFoundError, ConnectionError or ImportError.
     """
-    given: dict[str, Any] = {"image_size": image_size, "mean": tuple(mean), "std": tuple(std), "fit": fit}
-    names, weights, name = _class_names(classes), str(weights), ""
+    given: dict[str, Any] = {"fit": fit, "window": numbers("window", window), "transform": transform}
+    given |= {"image_size": image_size, "mean": numbers("mean", mean), "std": numbers("std", std)}
+    if transform:
+        given = read_off(transform) | {key: value for key, value in given.items() if value}
+        if not ("mean" in given and "std" in given):
+            raise ValueError(f"mean and std of {name_of(transform)} cannot be read off it: give mean= and std=")
+    names, weights, name = class_names(classes), str(weights), ""
     assumed: tuple[str, ...] = ("image_size", "mean", "std")
     if isinstance(model, nn.Module):
         if weights in NO_FILES or arch_args:
@@ -296,7 +311,7 @@ def network(
     elif folder := _saved_at(model):
         if weights or arch_args:
             raise ValueError(f"weights and arch_args go with a model's name; the network in {folder} has its own")
-        saved = load(folder)
+        saved = load(folder, transform=transform)
         made = Built(saved.module, saved.reference, saved.input, saved.classes if saved.named else ())
         name, assumed, blocks, head = saved.name, saved.assumed, blocks or (*saved.blocks[:-1], H), head or saved.head
     else:
@@ -307,30 +322,29 @@ def network(
             transformed = bool(state) or weights == "imagenet"
             made = build(name, arch_args, imagenet=weights == "imagenet", transform_input=transformed)
         if state:
-            watched = Watched(made.module.eval(), image_size or made.input.image_size, name)
+            input = _taken_in(made, given)
+            watched = Watched(made.module.eval(), input.size, name, input.channels)
             fit_head(made.module, state, head or watched.head(""), names, weights)
             load_into(made.module, state, name, weights)
         else:
             assumed = ()
         made.module.to(memory_format=torch.channels_last)
-    input = replace(made.input, **{key: value for key, value in given.items() if value})
+    input = _taken_in(made, given)
     names = names or made.classes
     network = Network(
         made.module, blocks=blocks, head=head, classes=names, input=input, name=name, reference=made.reference
     )
-    network.assumed = tuple(key for key in assumed if not given[key])
+    network.assumed = tuple(key for key in assumed if not given.get(key))
     return network
 
 
-def _class_names(classes: Sequence[str] | str | Path) -> tuple[str, ...]:
-    if not isinstance(classes, str | Path):
-        return tuple(classes)
-    path = Path(classes).expanduser()
-    if not str(classes):
-        return ()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: `classes` is a list of names or a text file with one a line")
-    return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+def _taken_in(made: Built, given: Mapping[str, Any]) -> Input:
+    """As given, else as the library says; a first convolution of one channel takes grey, by RGB's average."""
+    input, convolution = made.input, next((m for m in made.module.modules() if isinstance(m, nn.Conv2d)), None)
+    if convolution is not None and convolution.in_channels == 1 and input.channels == 3:
+        mean, std = ((round(sum(values) / 3, 6),) for values in (input.mean, input.std))
+        input = replace(input, channels=1, mean=mean, std=std)
+    return replace(input, **{key: value for key, value in given.items() if value})
 
 
 def _saved_at(model: str | Path) -> Path | None:
@@ -382,10 +396,13 @@ def for_training(
 # --- from a folder ------------------------------------------------------------------------------------------------
 
 
-def load(folder: str | Path, module: nn.Module | None = None) -> Network:
+def load(
+    folder: str | Path, module: nn.Module | None = None, transform: Callable[[Any], Tensor] | None = None
+) -> Network:
     """The network that :meth:`Network.save` wrote, frozen; checked by the fingerprint of its weights and by its scores.
 
-    ``module`` is your own, where it is not one of torchvision or timm. What is missing, damaged or differs is one line
+    ``module`` is your own, where it is not one of torchvision or timm, and so is ``transform``. What is missing,
+    damaged or differs is one line
     of FileNotFoundError, ValueError or ConnectionError.
     """
     folder = paths.located(folder)
@@ -395,9 +412,10 @@ def load(folder: str | Path, module: nn.Module | None = None) -> Network:
     saved = load_json(path)
     ours = module is None
     try:
+        input = Input.of(saved["input"], transform)
         module = _made_again(folder, saved) if module is None else module
         how = {name: saved[name] for name in ("head", "classes", "name", "reference")}
-        network = Network(module, blocks=[*saved["blocks"][:-1], H], input=Input(**saved["input"]), **how)
+        network = Network(module, blocks=[*saved["blocks"][:-1], H], input=input, **how)
         network.named, network.assumed = bool(saved["named"]), tuple(saved["assumed"])
         same_weights = network.fingerprint == saved["fingerprint"]
         expected = torch.tensor(saved["scores"], dtype=torch.float32)

@@ -112,9 +112,10 @@ def _is_flat(x: Tensor, out: Any) -> bool:
     return isinstance(out, Tensor) and out.shape == (*x.shape[:2], x.shape[2] * x.shape[3])
 
 
-def noise(image_size: int, like: Tensor | None = None) -> Tensor:
-    """Two images, always the same, [2, 3, S, S]."""
-    x = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+def noise(image_size: int | tuple[int, int], like: Tensor | None = None, channels: int = 3) -> Tensor:
+    """Two images, always the same, [2, C, H, W]."""
+    size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
     return x if like is None else x.to(like)
 
 
@@ -127,8 +128,8 @@ class Watched:
         One line: the network does not run on images of this size.
     """
 
-    def __init__(self, module: nn.Module, image_size: int, name: str) -> None:
-        self.module, self.name, self.image_size = module, name, image_size
+    def __init__(self, module: nn.Module, image_size: int | tuple[int, int], name: str, channels: int = 3) -> None:
+        self.module, self.name = module, name
         self.time = 0
         self.calls: list[Call] = []  # in the order they end
         self.inputs: dict[str, Tensor] = {}  # of linear layers
@@ -164,11 +165,14 @@ class Watched:
                 stack.callback(part.register_forward_hook(after, with_kwargs=True).remove)
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.pools)
+            x = noise(image_size, next(module.parameters(), None), channels)
+            self.size = tuple(x.shape[2:])
             try:
-                module(noise(image_size, next(module.parameters(), None)))
+                module(x)
             except Exception as error:  # whatever a foreign forward raises
                 reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise ValueError(f"{name} does not run on 3 x {image_size} x {image_size} images: {reason}") from None
+                shape = " x ".join(map(str, x.shape[1:]))
+                raise ValueError(f"{name} does not run on {shape} images: {reason}") from None
 
     def tick(self) -> int:
         """The next point in time."""
@@ -233,11 +237,17 @@ class Watched:
     def trunk(self, pool: Pool) -> list[Call]:
         """Calls along the trunk that ended before the pool, by time."""
         steps = [call for child in self.last("").children for call in child.steps()]
-        return [s for s in steps if s.end < pool.at and s.size_out and s.size_out[0] == s.size_out[1]]
+        return [s for s in steps if s.end < pool.at and s.size_out and self._proportional(s.size_out)]
+
+    def _proportional(self, size: Sequence[int]) -> bool:
+        """Whether a map has the image's proportions, but for what was rounded at each halving."""
+        if self.size[0] == self.size[1]:
+            return size[0] == size[1]
+        return abs(size[0] * self.size[1] / self.size[0] - size[1]) < 2 + self.size[1] / self.size[0]
 
     def stride(self, size: Sequence[int]) -> int:
         """The resolution as the power of two that divides the image's."""
-        return 2 ** max(0, round(math.log2(self.image_size / size[0])))
+        return 2 ** max(0, round(math.log2(self.size[0] / size[0])))
 
     def blocks(self, names: Sequence[str], pool: Pool) -> dict[str, Call]:
         """Everything before h: by name, or the last output at each stride."""
