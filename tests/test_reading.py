@@ -1,5 +1,6 @@
 """Images of every kind and folders of every layout: read one way, or refused in one line."""
 
+import json
 import os
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from kmex_utils.data import Input, load, reading
+from kmex_utils.networks.class_names import class_names
 
 SMALL = Input(8, (0,) * 3, (1,) * 3)
 
@@ -387,3 +389,47 @@ def test_every_name_is_readable_and_one_to_one(tmp_path):
     names = lenient(tmp_path, held_out=0).train.names
     assert len(set(names)) == len(ODD) and all(len(name.encode().splitlines()) == 1 for name in names)
     assert {"café.png", "a$b$.png", "two words.png", "new\\nline.png", "😀.png", "caf\\udce9.png"} < set(names)
+
+
+@pytest.mark.parametrize(
+    ("ending", "content"),
+    [
+        ("txt", "tench\r\n\r\nÉmeu  \r\nowl\r\n".encode("utf-8-sig")),
+        ("txt", "tench\n\nÉmeu\n\nowl".encode("latin-1")),
+        ("txt", "tench\rÉmeu\rowl\r".encode("utf-16")),
+        ("json", json.dumps(["tench", "Émeu", "owl"]).encode()),
+        ("json", json.dumps({"2": ["n3", "owl"], "0": ["n1", "tench"], "1": ["n2", "Émeu"]}).encode("utf-8-sig")),
+        ("json", json.dumps({"owl": 2, "tench": 0, "Émeu": 1}, ensure_ascii=False).encode()),
+    ],
+)
+def test_class_names_in_files(ending, content, tmp_path):
+    (tmp_path / f"names.{ending}").write_bytes(content)
+    assert class_names(str(tmp_path / f"names.{ending}")) == ("tench", "Émeu", "owl")
+
+
+def test_class_names_in_other_forms():
+    names = ("tench", "7", "owl")
+    for classes in ({0: "tench", 1: 7, 2: "owl"}, {"owl": 2, "7": 1, "tench": 0}, np.array(names), iter(names)):
+        assert class_names(classes) == names
+    assert class_names("") == class_names(()) == class_names({}) == ()
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({0: "a", 2: "b"}, "the indices of `classes` must be 0, 1 … 1, each once: `classes` is a list"),
+        ({"a": 0, "b": 0}, "the indices of `classes` must be"),
+        ({"cat": "a"}, "the indices of `classes` must be"),
+        (5, "got int: `classes` is a list of names"),
+        (b"\0\1PK", "is not a text file"),
+        (b"{", "is not readable JSON"),
+        (b"3", "got int"),
+    ],
+)
+def test_class_names_that_do_not_do(classes, message, tmp_path):
+    if isinstance(classes, bytes):
+        (tmp_path / "names.json").write_bytes(classes)
+        classes = tmp_path / "names.json"
+    with pytest.raises(ValueError, match=message) as raised:
+        class_names(classes)
+    assert len(str(raised.value).splitlines()) == 1
