@@ -296,7 +296,7 @@ def _decoded(
     for file in files:
         stat = file.stat()
         key.update(os.fsencode(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n"))
-    path = cache.with_name(f"{cache.name}-{'x'.join(map(str, input.size))}-{key.hexdigest()[:12]}.npy")
+    path = cache.with_name(f"{cache.name}-{'x'.join(map(str, dict.fromkeys(input.size)))}-{key.hexdigest()[:12]}.npy")
     if not path.exists():
         with replacing(path) as temporary:
             decode(np.lib.format.open_memmap(temporary, "w+", np.uint8, shape))
