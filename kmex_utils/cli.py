@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .explanation.explained import Explained, Picture
     from .networks import Network
 
-NETWORK = ("weights", "arch_args", "classes", "blocks", "head", "image_size", "mean", "std", "fit")
+NETWORK = ("weights", "arch_args", "classes", "blocks", "head", "image_size", "mean", "std", "fit", "window")
 OF_EQ_8 = ("norm", "scale", "align_corners", "grid")
 EXPLAIN = ("start_block", "prototypes_per_class", "held_out", *OF_EQ_8, "restarts", "seed", "device", "scratch")
 
@@ -57,13 +57,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="resnet50", help="a name of torchvision, timm/<name>, or a folder with a network saved")
     add("--arch-args", type=json.loads, metavar="JSON", help="arguments of the model, as '{\"layers\": [2, 2, 2, 3]}'")
     add("--weights", default="", help="imagenet (default), random, or a file with a state dict")
-    add("--classes", default="", help="text file with the names of the network's classes, one a line")
+    add("--classes", default="", help="names of the network's classes: a text file, one a line, or JSON")
     add("--blocks", nargs="*", default=[], help="names of the modules that end the blocks (default: by resolution)")
     add("--head", default="", help="name of the linear layer (default: the last)")
-    add("--image-size", type=int, default=0, help="pixels (default: the weights' own)")
-    of_rgb: dict[str, Any] = {"nargs": 3, "type": float, "default": [], "metavar": ("R", "G", "B")}
-    add("--mean", **of_rgb, help="of RGB in [0, 1], for normalisation (default: the weights' own, else ImageNet's)")
-    add("--std", **of_rgb, help="the same")
+    add(
+        "--image-size",
+        nargs="+",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="one number, or H W (default: the weights' own)",
+    )
+    values: dict[str, Any] = {"nargs": "+", "type": float, "default": [], "metavar": "VALUE"}
+    add("--mean", **values, help="of R, G and B, or one, in [0, 1] (default: the weights' own, else ImageNet's)")
+    add("--std", **values, help="the same")
+    window: dict[str, Any] = {"nargs": 2, "type": float, "default": [], "metavar": ("LOW", "HIGH")}
+    add("--window", **window, help="values of black and white in images of more than 8 bits (default: 0 and 65535)")
     add("--fit", default="", help="crop (default: the centre square) or stretch")
     add("--start-block", type=int, default=0, help="shallowest block to explain from (default: the last three blocks)")
     add("--prototypes-per-class", type=int, default=5, help="K/C (default: 5)")
@@ -143,7 +152,7 @@ def _check(options: argparse.Namespace, network: "Network") -> None:
         if not file.is_file():
             raise ValueError(f"--panel {image} is neither a file nor in {options.folder}")
         try:
-            reading.read(file, network.input.image_size, network.input.fit)
+            reading.read(file, network.input)
         except ValueError as error:
             raise ValueError(f"--panel {image} cannot be read: {error}") from None
 

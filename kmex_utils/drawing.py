@@ -88,7 +88,7 @@ def short(name: str, limit: int = 14) -> str:
 
 @styled
 def image_grid(images: Sequence[np.ndarray], titles: Sequence[str], columns: int = 10) -> Figure:
-    """Small images, uint8 [S, S, 3], with a title each."""
+    """Small images, uint8 [H, W, 3], with a title each."""
     rows = -(-len(images) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(0.95 * columns, 1.15 * rows), squeeze=False)
     for axes in grid.flat:

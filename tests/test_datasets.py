@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import json
 import re
 import struct
 import tarfile
@@ -11,9 +12,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch.utils.data import Subset
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 from kmex_utils import paths
 from kmex_utils.data import Input, count, held_out, load, own_input, reading, reopen, sources
@@ -349,6 +351,106 @@ def test_arrays_and_tensors_of_either_order():
     assert unlabelled.classes == () and unlabelled.train.labels.tolist() == [-1] * 3
 
 
+def as_tensors(*steps):
+    """The pixels of two classes as a transform gives them, and how it gives them to a network."""
+    pixels = np.random.default_rng(1).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    pixels[0], pixels[1] = 0, 255
+    images, transform = [Image.fromarray(part) for part in pixels], v2.Compose([v2.ToImage(), *steps])
+    return pixels, images, transform
+
+
+TO_FLOAT = v2.ToDtype(torch.float32, scale=True)
+NORMALISED = (0.2, 0.5, 0.7), (0.3, 0.25, 0.4)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("known", ["transform", "values", "loader", "collate"])
+def test_float_tensors_are_undone_to_their_bytes(normalised, known):
+    """Exactly: a float of 0 … 1 is a byte, and a normalised one is again the tensor, to rounding."""
+    pixels, images, transform = as_tensors(TO_FLOAT, *[v2.Normalize(*NORMALISED)] * normalised)
+    dataset = Items([(transform(image), i % 2) for i, image in enumerate(images)])
+    input, source = Input(16, *NORMALISED), dataset
+    if known == "transform":  # the data set's own: it need not be the network's
+        dataset.transform, input = transform, Input(16, 0.4, 0.3)
+    if known == "loader":
+        source = DataLoader(dataset, batch_size=3, shuffle=True)
+    if known == "collate":
+        source = DataLoader(
+            dataset, collate_fn=lambda batch: (torch.stack([x for x, _ in batch]), [y for _, y in batch])
+        )
+    loaded = load(source, input, strict=False)
+    assert loaded.name == "Items" and loaded.train.labels.tolist() == [0, 1] * 4
+    assert np.array_equal(loaded.train.pixels, pixels.transpose(0, 3, 1, 2))
+    (x, _), *_ = loaded.batches("train")
+    if normalised and known != "transform":
+        torch.testing.assert_close(x, torch.stack([image for image, _ in dataset.items]), rtol=0, atol=1e-5)
+
+
+def test_resized_floats_are_undone_to_half_a_byte():
+    _, images, transform = as_tensors(TO_FLOAT, v2.Resize((9, 9)), v2.Normalize(*NORMALISED))
+    tensors = [transform(image) for image in images]
+    loaded = load(Items(list(zip(tensors, [0, 1] * 4, strict=True))), Input(9, *NORMALISED), strict=False)
+    (x, _), *_ = loaded.batches("train")
+    limit = torch.tensor([0.5 / 255 / std for std in NORMALISED[1]]).view(3, 1, 1)
+    assert ((x - torch.stack(tensors)).abs() <= limit + 1e-5).all()
+
+
+def test_a_collate_that_is_no_pair_is_refused():
+    loader = DataLoader(Items([(torch.zeros(3, 8, 8), 0)]), collate_fn=lambda batch: {"x": batch})
+    with pytest.raises(TypeError, match="items must be"):
+        load(loader, of_size(8), strict=False)
+    stream = type("Stream", (torch.utils.data.IterableDataset,), {"__iter__": lambda self: iter(())})()
+    with pytest.raises(TypeError, match="a torch data set with a length or its DataLoader"):
+        load(DataLoader(stream), of_size(8))
+
+
+def test_grey_tensors_are_grey_images():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 1, 8, 8), np.uint8)
+    x = (torch.from_numpy(pixels).float() / 255 - 0.1307) / 0.3081
+    loaded = load(Items([(x[i], i % 2) for i in range(4)]), Input(8, 0.1307, 0.3081, channels=1), strict=False)
+    assert np.array_equal(loaded.train.pixels, np.repeat(pixels, 3, 1))
+    torch.testing.assert_close(loaded.input(loaded.train.pixels), x, rtol=0, atol=1e-6)
+
+
+# --- how an image enters ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [(0.5, 0.25, 0.125), [0.5], 0.5, 0, "array", "tensor", "[3, 1, 1]"])
+def test_means_in_every_form(values):
+    forms = {"array": np.float32([0.485, 0.456, 0.406]), "tensor": torch.tensor([0.485, 0.456, 0.406])}
+    forms["[3, 1, 1]"] = forms["tensor"].view(3, 1, 1)
+    mean = Input(8, forms.get(values, values) if isinstance(values, str) else values, 1).mean
+    expected = (0.485, 0.456, 0.406) if isinstance(values, str) else tuple(np.broadcast_to(values, 3).tolist())
+    assert mean == expected, "of float32 the decimals that were meant"
+
+
+def test_grey_is_pillows():
+    """Three channels are weighted as convert("L") does, to the byte; one is itself."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16), np.uint8)
+    expected = [np.asarray(Image.fromarray(part.transpose(1, 2, 0)).convert("L")) for part in pixels]
+    input = Input(16, 0.1307, 0.3081, channels=1)
+    x = input(pixels)
+    np.testing.assert_allclose(x[:, 0], (np.stack(expected) / 255 - 0.1307) / 0.3081, atol=1e-6)
+    assert torch.equal(x, input(np.stack(expected)[:, None])) and x.shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch"])
+def test_images_of_two_sides(fit, folder):
+    assert Input((8, 8), 0, 1) == Input(8, 0, 1) and Input([8], 0, 1).size == (8, 8)
+    input = Input((12, 20), 0, 1, fit)
+    dataset = load(folder, input, data=folder.parent)
+    assert dataset.train.pixels.shape[1:] == (3, 12, 20) and dataset.train.rgb(0).shape == (12, 20, 3)
+    with Image.open(folder / dataset.train.names[0]) as image:
+        image = image.convert("RGB")
+        if fit == "crop":
+            expected = ImageOps.fit(image, (20, 12), Image.Resampling.BILINEAR)
+        else:
+            expected = image.resize((20, 12), Image.Resampling.BILINEAR)
+    assert np.array_equal(dataset.train.rgb(0), np.asarray(expected))
+    assert reopen(json.loads(json.dumps(dataset.settings))).input == input
+    assert load("mnist-mini", replace(input, fit="stretch"), images_per_class=1).train.pixels.shape == (10, 1, 12, 20)
+
+
 def test_unreadable_items_stop_or_are_left_out():
     good = np.zeros((8, 8, 3), np.uint8)
     items = Items([(good, 0), OSError("image file is truncated"), (good, 1), (good, 1), (good, 0)])
@@ -363,8 +465,8 @@ def test_unreadable_items_stop_or_are_left_out():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (Items([(torch.zeros(3, 8, 8), 0)]), "got float32 [3, 8, 8]: drop ToTensor and Normalize from its transforms"),
-        (Items([(np.zeros((8, 8, 5), np.uint8), 0)]), "uint8 [H, W, 3] or [3, H, W], got uint8 [8, 8, 5]"),
+        (Items([(torch.full((3, 8, 8), 9.0), 0)]), "values 9 … 9 are not in [0, 1], nor normalised by mean (0.485, "),
+        (Items([(np.zeros((8, 8, 5), np.uint8), 0)]), "or floats [3, H, W], got uint8 [8, 8, 5]"),
         (Items([{"image": 0}]), "items must be (image, integer label), got <class 'dict'>"),
         (Items([(np.zeros((8, 8, 3), np.uint8), 0.5)]), "items must be (image, integer label)"),
         (Items([(np.zeros((8, 8, 3), np.uint8), 0)] * 3), "labels must be 0, 1 … of at least two classes, got [0]"),
@@ -373,7 +475,7 @@ def test_unreadable_items_stop_or_are_left_out():
             tuple(Items([(np.zeros((8, 8, 3), np.uint8), c) for c in labels]) for labels in ((0, 1), (1, 2))),
             "the test images have labels that the training images lack: [2]",
         ),
-        (5, "give a known name, a folder, a torch data set or a pair (train, test), got <class 'int'>"),
+        (5, "a torch data set with a length or its DataLoader, or a pair (train, test), got <class 'int'>"),
     ],
 )
 def test_items_that_do_not_do(source, message):
@@ -422,9 +524,17 @@ def test_bad_choices(arguments, message):
     ("changes", "message"),
     [
         ({"image_size": 0}, "image_size must be at least 1"),
-        ({"mean": (0.5,)}, "mean and std must be of R, G and B"),
+        ({"mean": (0.5, 0.5)}, "mean and std must be of R, G and B, or one value, std positive; got (0.5, 0.5)"),
         ({"std": (0.0,) * 3}, "std positive"),
         ({"fit": "pad"}, "fit must be crop or stretch"),
+        ({"image_size": (8, 8, 8)}, "a number or (H, W), got (8, 8, 8)"),
+        ({"image_size": 8.5}, "a number or (H, W), got 8.5"),
+        ({"mean": "red"}, "mean must be numbers, got 'red'"),
+        ({"mean": (np.nan,) * 3}, "mean must be numbers"),
+        ({"channels": 1}, "mean and std must be of one value, for one channel"),
+        ({"channels": 4}, "channels must be 3 (RGB) or 1 (grey), got 4"),
+        ({"window": (5, 5)}, "window must be (low, high)"),
+        ({"window": (5,)}, "window must be (low, high)"),
     ],
 )
 def test_bad_inputs(changes, message):

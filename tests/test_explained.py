@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
 
 import kmex_utils as kmex
-from kmex_utils import data
+from kmex_utils import cli, data, drawing
 from kmex_utils.explanation import fit, passed
 from kmex_utils.explanation.explained import Explained
 from kmex_utils.explanation.interpretation import segment_patch
@@ -135,9 +139,10 @@ def test_an_open_image_is_treated_as_its_file(explained, tmp_path):
     for file in sorted(tmp_path.iterdir()):
         with Image.open(file) as image:
             assert np.array_equal(explained.picture(image).pixels, explained.picture(file).pixels), file.name
-    for array in (pixels / 255, pixels.astype(np.int64), pixels.transpose(2, 0, 1)):
-        with pytest.raises(ValueError, match=r"an array must be uint8 \[H, W, 3\] with values 0 … 255, got"):
-            explained.picture(array)
+    with pytest.raises(
+        TypeError, match=r"uint8 \[H, W, 3\] or \[3, H, W\], or floats \[3, H, W\], got int64 \[60, 90, 3\]"
+    ):
+        explained.picture(pixels.astype(np.int64))
 
 
 @pytest.mark.parametrize("free", [10**12, 0])
@@ -557,3 +562,227 @@ def test_a_folder_is_found_from_anywhere(explained, resnet, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path / "kept")
     assert kmex.load("kept", resnet.module).start_blocks == [4, 3, 2]
     assert kmex.load(".", resnet.module).start_blocks == [4, 3, 2]
+
+
+# --- images of other shapes and kinds -----------------------------------------------------------------------------
+
+
+def small_cnn(channels=3, classes=2):
+    """Three blocks of a few channels, seeded."""
+    torch.manual_seed(0)
+    layers, width = [], channels
+    for out in (4, 6, 8):
+        layers += [nn.Conv2d(width, out, 3, 2, 1), nn.ReLU()]
+        width = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+FEW = {"prototypes_per_class": 1, "held_out": 0.25, "restarts": 1, "device": "cpu", "log": str}
+
+
+@pytest.fixture
+def odd_photos(photos, tmp_path):
+    """Six photos of either class, whose folder and files bear names that are no UTF-8 or hold what formats quote."""
+    root = tmp_path / "photos"
+    names = [b"caf\xe9.png", b"a$b$_{.png", b"new\nline.png", "'\"😀.png".encode(), b"two words.png", b"back\\.png"]
+    for name, odd in (("temple", b"t$emp\xe9l$e"), ("flower", b"<b>flow&er")):
+        (folder := root / os.fsdecode(odd)).mkdir(parents=True)
+        for source, target in zip(sorted((photos / name).iterdir()), names, strict=False):
+            shutil.copy(source, folder / os.fsdecode(target))
+    return root
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_odd_names_go_everywhere(odd_photos, tmp_path):
+    import pandas as pd
+
+    module = small_cnn()
+    explained = kmex.explain(module, odd_photos, image_size=32, mean=0.5, std=0.25, **FEW)
+    assert explained.classes == ("<b>flow&er", "t$emp\\udce9l$e") and len(set(explained.names)) == 12
+    for index, name in enumerate(explained.names):
+        assert explained.picture(name).index == explained.picture(index).index
+        assert len(explained.explorer().view(name, 1)["prototypes"]) > 0
+    files = [
+        odd_photos / os.fsdecode(b"t$emp\xe9l$e") / os.fsdecode(name) for name in (b"caf\xe9.png", b"new\nline.png")
+    ]
+    assert all(explained.picture(file).split for file in files), "known as images of the folder"
+    drawing.save(explained.panel(files[0]), tmp_path / "panel")
+    page = explained.report(tmp_path / "report.html", panels=files[:1]).read_text(encoding="utf-8")
+    assert "caf\\udce9.png" in page and "<b>flow" not in page
+    table = pd.read_parquet(explained.export(tmp_path / "export", log=str) / "images.parquet")
+    assert set(table.file) == set(explained.names) and table.error.isna().all()
+    assert all((tmp_path / "export" / "maps" / f"{name}.npz").is_file() for name in table.file)
+    loaded = kmex.load(explained.save(tmp_path / "saved"), module, odd_photos)
+    assert loaded.names == explained.names and loaded.classes == explained.classes
+    assert loaded.picture(files[0]).name == "t$emp\\udce9l$e/caf\\udce9.png"
+
+
+@pytest.mark.parametrize("size", [(32, 64), (48, 32), (45, 70)])
+def test_images_of_two_sides(size, photos, tmp_path):
+    """Maps, attributions and patches have the image's proportions, in every view and after loading."""
+    module = small_cnn()
+    explained = kmex.explain(module, photos, image_size=size, **FEW)
+    assert explained.network.input.size == size and explained.network.blocks == ("1", "3", "5")
+    grid = tuple(-(-side // 2) for side in size)
+    picture = explained.picture(0)
+    assert picture.rgb.shape == (*size, 3)
+    (part,) = explained.interpretations(picture, [1])
+    assert part.map.shape == part.attribution.shape == grid
+    x, y = activations_of(explained, picture.pixels[None])
+    torch.testing.assert_close(y, module(x_of(explained, picture)), rtol=1e-5, atol=1e-6)
+    expected = torch.cdist(composite(x)[0], explained.explainers[1].prototypes.vectors).argmin(1)
+    assert (part.map.ravel() == expected.numpy()).mean() > 0.99
+    assert all(max(patch.pixels.shape) <= max(size) for patch in part.patches)
+    explained.panel(0), explained.report(tmp_path / "report.html", panels=[0])
+    assert explained.explorer().view(0, 1)["map"] == explained.explorer().view(explained.names[0], 1)["map"]
+    maps = explained.export(tmp_path / "export", log=str) / "maps"
+    assert np.load(maps / f"{picture.name}.npz")["B123"].tolist() == part.map.tolist()
+    loaded = kmex.load(explained.save(tmp_path / "saved"), copy.deepcopy(module))
+    again = loaded.interpretations(photos / picture.name, [1])[0]
+    assert loaded.network.input == explained.network.input and np.array_equal(again.map, part.map)
+    assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(again.patches, part.patches, strict=True))
+
+
+def x_of(explained, picture):
+    """The network's input by torchvision's own transforms."""
+    input = explained.network.input
+    return v2.functional.normalize(torch.from_numpy(picture.pixels.copy()).float() / 255, input.mean, input.std)[None]
+
+
+def test_patch_of_a_wide_image():
+    """All of a segment that spans the width, which is more than the height."""
+    image = np.random.default_rng(0).integers(0, 256, (40, 80, 3), np.uint8)
+    segments = np.zeros((4, 8), int)
+    assert np.array_equal(segment_patch(image, segments, 9), image)
+    segments[1, 6] = 1
+    assert segment_patch(image, segments, 14).shape == (30, 30, 3)
+
+
+def test_images_of_12_bits_in_a_network_of_one_channel(tmp_path):
+    """From files to the network's input: grey, by the window; saved and loaded with it."""
+    generator, module = np.random.default_rng(0), small_cnn(channels=1)
+    values = {}
+    for name in ("ant", "bee"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(4):
+            values[f"{name}/{i}.png"] = generator.integers(0, 4096, (32, 32)).astype(np.uint16)
+            Image.fromarray(values[f"{name}/{i}.png"]).save(tmp_path / "in" / name / f"{i}.png")
+    explained = kmex.explain(module, tmp_path / "in", image_size=32, window=(0, 4095), **FEW)
+    assert (explained.network.input.channels, explained.network.input.mean) == (1, (0.449,))
+    assert explained.settings["network"]["window"] == (0, 4095)
+    loaded = kmex.load(explained.save(tmp_path / "saved"), copy.deepcopy(module))
+    for name, array in values.items():
+        x = torch.from_numpy((array / 4095 * 255).round() / 255 - 0.449).float()[None, None] / 0.226
+        for of in (explained.picture(name), loaded.picture(tmp_path / "in" / name), loaded.picture(array)):
+            torch.testing.assert_close(loaded.seen(of).y, module(x), rtol=1e-4, atol=1e-5)
+    assert loaded.network.input.window == (0, 4095)
+
+
+def test_tensors_are_images(explained, photos):
+    """Bytes in either order, floats, and what the network takes: the same picture."""
+    inside = explained.picture(1)
+    pixels = torch.from_numpy(inside.pixels.copy())
+    forms = [
+        pixels,
+        pixels.permute(1, 2, 0),
+        pixels / 255,
+        (pixels / 255).numpy(),
+        explained.network.input(pixels[None])[0],
+    ]
+    for form in forms:
+        assert np.array_equal(explained.picture(form).pixels, inside.pixels)
+    with pytest.raises(ValueError, match="are not in .0, 1., nor normalised by mean"):
+        explained.picture(pixels.float())
+    with pytest.raises(ValueError, match="values nan"):
+        explained.picture(torch.full((3, 8, 8), torch.nan))
+    with pytest.raises(TypeError, match=r"got float32 \[1, 3, 8, 8\]"):
+        explained.picture(torch.zeros(1, 3, 8, 8))
+
+
+OWN = [v2.Resize((40, 40)), v2.CenterCrop(32), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+
+
+@pytest.mark.parametrize("steps", [[], [v2.Normalize((0.3, 0.4, 0.5), (0.2, 0.25, 0.3))]])
+def test_a_transform_of_ones_own(steps, photos, tmp_path):
+    """What the network is given is what the transform gives, to half a byte; mean and std are read off it."""
+    module, transform = small_cnn(), v2.Compose([*OWN, *steps])
+    explained = kmex.explain(module, photos, transform=transform, **FEW)
+    input = explained.network.input
+    assert (input.size, input.mean, input.std) == (
+        ((32, 32), (0.3, 0.4, 0.5), (0.2, 0.25, 0.3)) if steps else ((32, 32), (0.0,) * 3, (1.0,) * 3)
+    )
+    assert explained.network.assumed == ()
+    for index in (0, 9):
+        picture = explained.picture(index)
+        with Image.open(photos / picture.name) as image:
+            x = transform(image)
+        limit = 0.5 / 255 / torch.tensor(input.std).view(3, 1, 1) + 1e-5
+        assert ((input(picture.pixels[None])[0] - x).abs() <= limit).all()
+        assert np.array_equal(explained.picture(x).pixels, picture.pixels), "a tensor is already transformed"
+    saved = explained.save(tmp_path)
+    with pytest.raises(ValueError, match="by a transform of your own, Compose: give it again, as transform="):
+        kmex.load(saved, module)
+    loaded = kmex.load(saved, module, photos, transform=transform)
+    assert np.array_equal(loaded.picture(photos / explained.names[0]).pixels, explained.picture(0).pixels)
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (lambda image: 1 / 0, "does not make a tensor of a Pillow image: division by zero"),
+        (lambda image: image, "does not make a tensor of a Pillow image"),
+        (lambda image: torch.zeros(3, 8), "give a tensor .C, H, W., got 2 dimensions"),
+        (v2.Compose([*OWN, lambda x: (x - x.mean()) / (x.std() + 1)]), "cannot be read off it: give mean= and std="),
+    ],
+)
+def test_transforms_that_do_not_do(transform, message):
+    with pytest.raises(ValueError, match=message):
+        kmex.network(small_cnn(), transform=transform)
+
+
+def test_options_of_the_network_go_with_a_module(resnet, photos):
+    with pytest.raises(ValueError, match=r"window: options of kmex_utils.network\(\), give them there"):
+        kmex.explain(resnet, photos, window=(0, 1))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_values_in_other_forms_from_the_shell(tmp_path, capsys):
+    """12 bits in 16, two sides, one value for all channels; and a panel of a file with malformed EXIF."""
+    generator = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = generator.integers(0, 4096, (40, 60)).astype(np.uint16)
+            Image.fromarray(pixels).save(tmp_path / "in" / name / f"{i}.png")
+    Image.new("RGB", (60, 40)).save(tmp_path / "bad.jpg", exif=b"Exif\0\0MM\0*" + b"\xff" * 30)
+    (tmp_path / "names.json").write_text(json.dumps({str(j): [f"n{j}", f"name {j}"] for j in range(1000)}))
+    command = [
+        "explain",
+        str(tmp_path / "in"),
+        "--model",
+        "shufflenet_v2_x0_5",
+        "--weights",
+        "random",
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--image-size",
+        "32",
+        "64",
+        "--mean",
+        "0.5",
+        "--std",
+        "0.25",
+        "--window",
+        "0",
+        "4095",
+        "--restarts",
+        "1",
+    ]
+    command += ["--classes", str(tmp_path / "names.json"), "--prototypes-per-class", "1", "--start-block", "4"]
+    assert cli.main([*command, "--panel", str(tmp_path / "bad.jpg"), "--out", str(tmp_path / "out")]) == 0
+    assert "give window" not in capsys.readouterr().out
+    loaded = kmex.load(tmp_path / "out")
+    assert loaded.network.input == data.Input((32, 64), 0.5, 0.25, "crop", window=(0, 4095))
+    assert loaded.network.classes[999] == "name 999"

@@ -1,10 +1,14 @@
 """Images of every kind and folders of every layout: read one way, or refused in one line."""
 
+import json
+import os
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kmex_utils.data import Input, load, reading
+from kmex_utils.networks.class_names import class_names
 
 SMALL = Input(8, (0,) * 3, (1,) * 3)
 
@@ -61,7 +65,7 @@ def saved_on_its_side(file):
 
 def test_an_image_on_its_side_is_turned(tmp_path):
     saved_on_its_side(tmp_path / "a.png")
-    pixels, _ = reading.read(tmp_path / "a.png", 20, "stretch")
+    pixels, *_ = reading.read(tmp_path / "a.png", Input(20, 0, 1))
     assert (pixels[:, :8] > 200).all() and (pixels[:, 12:] < 50).all()
 
 
@@ -69,11 +73,11 @@ def test_16_bits_have_one_scale(tmp_path):
     """A dark 16-bit image stays dark: the scale is the mode's, not the image's own."""
     for name, value in (("dark", 5140), ("white", 65535)):
         Image.fromarray(np.full((20, 20), value, np.uint16)).save(tmp_path / f"{name}.png")
-    assert reading.read(tmp_path / "dark.png", 20, "crop")[0].max() == 20
-    assert reading.read(tmp_path / "white.png", 20, "crop")[0].min() == 255
+    assert reading.read(tmp_path / "dark.png", Input(20, 0, 1, "crop"))[0].max() == 20
+    assert reading.read(tmp_path / "white.png", Input(20, 0, 1, "crop"))[0].min() == 255
     Image.fromarray(np.ones((20, 20), np.float32)).save(tmp_path / "f.tiff")
     with pytest.raises(ValueError, match="no fixed white"):
-        reading.read(tmp_path / "f.tiff", 20, "crop")
+        reading.read(tmp_path / "f.tiff", Input(20, 0, 1, "crop"))
 
 
 def test_training_reads_as_explaining_does(tmp_path):
@@ -89,7 +93,7 @@ def test_training_reads_as_explaining_does(tmp_path):
         trained, explained = load(tmp_path, input, data=tmp_path / "data"), lenient(tmp_path, input)
         assert trained.train.names == ("train/phone/turned.jpg", "train/ramp/16.png")
         for i, name in enumerate(trained.train.names):
-            pixels, _ = reading.read(tmp_path / name, 64, fit)
+            pixels, *_ = reading.read(tmp_path / name, input)
             assert np.array_equal(trained.train.pixels[i], pixels), name
             assert np.array_equal(explained.train.pixels[i], pixels), name
         assert np.abs(trained.train.pixels[1] - ramp / 257).max() <= 0.5
@@ -105,7 +109,7 @@ def test_ordinary_images_are_only_cut_and_resized(ending, box, tmp_path):
     with Image.open(file) as image:
         cut = image if box is None else image.crop((3, 5, 33, 26))
         expected = np.asarray(cut.resize((24, 24), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    result, kind = reading.read(file, 24, "stretch", box)
+    result, kind, _ = reading.read(file, Input(24, 0, 1), box)
     assert np.array_equal(result, expected) and kind == ""
 
 
@@ -208,3 +212,224 @@ def test_folders_that_do_not_do_for_training(files, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load(tmp_path, SMALL, data=tmp_path / "data")
     assert not list(tmp_path.glob("data/cache/*train*")), "nothing half-written may stay"
+
+
+# --- pixel values -------------------------------------------------------------------------------------------------
+
+
+def ramp(low, high, dtype):
+    return np.tile(np.linspace(low, high, 40), (40, 1)).round().astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("ending", "values", "window"),
+    [
+        ("png", ramp(0, 4095, np.uint16), (0, 4095)),
+        ("tiff", ramp(0, 4095, np.uint16), (0, 4095)),
+        ("tiff", ramp(-1024, 3071, np.int32), (-1024, 3071)),
+        ("tiff", ramp(-1024, 3071, np.int32), (-160, 240)),
+        ("tiff", ramp(0, 1000, np.float32) / 1000, (0, 1)),
+    ],
+)
+def test_a_window_is_black_to_white(ending, values, window, tmp_path):
+    Image.fromarray(values).save(tmp_path / f"a.{ending}")
+    low, high = window
+    expected = ((np.clip(values.astype(float), low, high) - low) * 255 / (high - low)).round()
+    input = Input(40, 0, 1, window=window)
+    pixels, *_ = reading.read(tmp_path / f"a.{ending}", input)
+    assert np.array_equal(pixels, np.broadcast_to(expected, (3, 40, 40)))
+    assert np.array_equal(reading.taken(values, input).pixels, pixels), "an array as its file"
+    said = []
+    dataset = lenient(tmp_path, input, held_out=0, log=said.append)
+    assert np.array_equal(dataset.train.pixels[0], pixels) and not any("window" in line for line in said)
+    assert tuple(dataset.settings["input"]["window"]) == window and Input.of(dataset.settings["input"]) == input
+
+
+def test_8_bits_need_no_window(tmp_path):
+    grey = ramp(0, 255, np.uint8)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    assert np.array_equal(reading.read(tmp_path / "a.png", Input(40, 0, 1, window=(0, 4095))).pixels[0], grey)
+
+
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [
+        (ramp(0, 4000, np.uint16), "hold values 0 … 4000, and 0 is black, 65535 white: give window=(0, 4095)"),
+        (ramp(20, 600, np.uint16), "hold values 0 … 600, and 0 is black, 65535 white: give window=(0, 1023)"),
+        (
+            ramp(-1024, 3071, np.int32),
+            "hold values -1024 … 3071, and 0 is black, 65535 white: give window=(-1024, 3071)",
+        ),
+        (ramp(0, 90000, np.int32), "hold values 0 … 90000, and 0 is black, 65535 white: give window=(0, 90000)"),
+        (ramp(0, 5000, np.uint16), ""),
+        (ramp(0, 0, np.uint16), ""),
+    ],
+)
+def test_a_window_is_advised_once(values, advice, tmp_path):
+    for name in "ab":
+        Image.fromarray(values).save(tmp_path / f"{name}.tiff")
+    said = []
+    lenient(tmp_path, held_out=0, log=said.append)
+    assert [line for line in said if "window" in line] == [f"images of more than 8 bits {advice}"] * bool(advice)
+
+
+# --- broken files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_malformed_exif_leaves_the_pixels(tmp_path):
+    """A resolution that is text, with which Pillow's exif_transpose ends in TypeError; and EXIF that cannot be read."""
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = 255
+    entry, text = b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0", b"\x01\x1a\0\x02\0\0\0\x02x\0\0\0"
+    turned = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + entry + text + bytes(4)
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=turned)
+    Image.fromarray(pixels).save(tmp_path / "as stored.jpg", exif=turned[:12] + b"\xff" * 30)
+    with Image.open(tmp_path / "turned.jpg") as image, pytest.raises(TypeError):
+        ImageOps.exif_transpose(image)
+    upright, as_stored = (reading.read(tmp_path / f"{name}.jpg", Input(40, 0, 1)).pixels for name in NAMES)
+    assert upright[:, :16].min() > 200 > 50 > upright[:, 24:].max()
+    assert as_stored[:, :, :16].min() > 200 > 50 > as_stored[:, :, 24:].max()
+    assert len(lenient(tmp_path, held_out=0).train) == 2
+
+
+NAMES = ("turned", "as stored")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for ending in ("png", "tiff"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).save(
+            tmp_path / f"a.{ending}", exif=exif
+        )
+        with Image.open(tmp_path / f"a.{ending}") as image:
+            expected = np.asarray(ImageOps.exif_transpose(image)).transpose(2, 0, 1)
+        assert np.array_equal(reading.read(tmp_path / f"a.{ending}", SMALL).pixels, expected), ending
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "GIF", "WEBP", "BMP"])
+def test_damaged_files_are_read_or_refused_in_one_line(kind, tmp_path):
+    generator = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    file = tmp_path / "a"
+    Image.fromarray(generator.integers(0, 256, (24, 32, 3), np.uint8)).save(file, kind, exif=exif)
+    whole, read = file.read_bytes(), 0
+    for i in range(200):
+        content = bytearray(whole[: generator.integers(1, len(whole))] if i % 4 == 0 else whole)
+        for position in generator.integers(0, len(content) if i % 2 else min(len(content), 300), 4):
+            content[position] = generator.integers(256)
+        file.write_bytes(content)
+        try:
+            assert reading.read(file, SMALL).pixels.shape == (3, 8, 8)
+            read += 1
+        except ValueError as error:
+            assert len(str(error).splitlines()) == 1
+    assert read or kind == "PNG", "whose parts have checksums"
+    assert read < 200
+
+
+def test_a_bomb_is_one_unreadable_image(tmp_path):
+    import zlib
+
+    def chunk(name, content):
+        return len(content).to_bytes(4) + name + content + zlib.crc32(name + content).to_bytes(4)
+
+    size = (60_000).to_bytes(4)
+    header = chunk(b"IHDR", size + size + b"\x08\x02\0\0\0")
+    made_folder(tmp_path, ["1.png"])
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))))
+    said = []
+    assert lenient(tmp_path, held_out=0, log=said.append).train.names == ("1.png",)
+    assert said[0].startswith("cannot read bomb.png: Image size (3600000000 pixels) exceeds limit")
+
+
+# --- folders as they lie around -----------------------------------------------------------------------------------
+
+
+def test_links_in_circles_are_followed_once(tmp_path):
+    made_folder(tmp_path / "in", ["cat/1.png", "dog/1.png"])
+    made_folder(tmp_path / "elsewhere", ["1.png", "2.png"])
+    root = tmp_path / "in"
+    (root / "ant").symlink_to(tmp_path / "elsewhere")
+    (root / "bee").symlink_to(tmp_path / "elsewhere")
+    (root / "cat" / "again").symlink_to(root)
+    (tmp_path / "elsewhere" / "back").symlink_to(root / "cat")
+    (root / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    said = []
+    dataset = lenient(root, held_out=0, log=said.append)
+    assert dataset.train.names == ("ant/1.png", "ant/2.png", "cat/1.png", "dog/1.png")
+    assert said[0].startswith(
+        "left out, as they lead nowhere or to a folder read before: ant/back, bee, cat/again, dog/"
+    )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_systems_leave_is_left_out(strict, tmp_path):
+    made_folder(tmp_path, [f"{name}/{i}.png" for name in ("cat", "dog", "@eaDir") for i in range(3)])
+    made_folder(tmp_path, ["__MACOSX/cat/._1.png", "cat/.ipynb_checkpoints/1-checkpoint.png", "dog/@eaDir/1.png"])
+    for name in (".DS_Store", "cat/Thumbs.db", "dog/desktop.ini", "labels.csv"):
+        (tmp_path / name).write_text("x")
+    said = []
+    dataset = load(tmp_path, SMALL, held_out=0.4, strict=strict, data=None, log=said.append)
+    assert dataset.classes == ("cat", "dog") and len(dataset.train) + len(dataset.test) == 6
+    assert said == ["left out by their ending: 1 .csv"]
+
+
+ODD = [b"caf\xe9.png", b"caf\xc3\xa9.png", b"a$b$.png", b"two words.png", b"new\nline.png", b"back\\xe9.png"]
+ODD += [b"quote'\".png", "😀.png".encode(), b"caf\\xe9.png"]
+
+
+def test_every_name_is_readable_and_one_to_one(tmp_path):
+    for name in ODD:
+        Image.new("RGB", (8, 8)).save(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    names = lenient(tmp_path, held_out=0).train.names
+    assert len(set(names)) == len(ODD) and all(len(name.encode().splitlines()) == 1 for name in names)
+    assert {"café.png", "a$b$.png", "two words.png", "new\\nline.png", "😀.png", "caf\\udce9.png"} < set(names)
+
+
+@pytest.mark.parametrize(
+    ("ending", "content"),
+    [
+        ("txt", "tench\r\n\r\nÉmeu  \r\nowl\r\n".encode("utf-8-sig")),
+        ("txt", "tench\n\nÉmeu\n\nowl".encode("latin-1")),
+        ("txt", "tench\rÉmeu\rowl\r".encode("utf-16")),
+        ("json", json.dumps(["tench", "Émeu", "owl"]).encode()),
+        ("json", json.dumps({"2": ["n3", "owl"], "0": ["n1", "tench"], "1": ["n2", "Émeu"]}).encode("utf-8-sig")),
+        ("json", json.dumps({"owl": 2, "tench": 0, "Émeu": 1}, ensure_ascii=False).encode()),
+    ],
+)
+def test_class_names_in_files(ending, content, tmp_path):
+    (tmp_path / f"names.{ending}").write_bytes(content)
+    assert class_names(str(tmp_path / f"names.{ending}")) == ("tench", "Émeu", "owl")
+
+
+def test_class_names_in_other_forms():
+    names = ("tench", "7", "owl")
+    for classes in ({0: "tench", 1: 7, 2: "owl"}, {"owl": 2, "7": 1, "tench": 0}, np.array(names), iter(names)):
+        assert class_names(classes) == names
+    assert class_names("") == class_names(()) == class_names({}) == ()
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({0: "a", 2: "b"}, "the indices of `classes` must be 0, 1 … 1, each once: `classes` is a list"),
+        ({"a": 0, "b": 0}, "the indices of `classes` must be"),
+        ({"cat": "a"}, "the indices of `classes` must be"),
+        (5, "got int: `classes` is a list of names"),
+        (b"\0\1PK", "is not a text file"),
+        (b"{", "is not readable JSON"),
+        (b"3", "got int"),
+    ],
+)
+def test_class_names_that_do_not_do(classes, message, tmp_path):
+    if isinstance(classes, bytes):
+        (tmp_path / "names.json").write_bytes(classes)
+        classes = tmp_path / "names.json"
+    with pytest.raises(ValueError, match=message) as raised:
+        class_names(classes)
+    assert len(str(raised.value).splitlines()) == 1

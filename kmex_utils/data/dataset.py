@@ -6,58 +6,25 @@ in batches, on the device.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 from .. import paths
 from ..store import replacing
 from . import sources
-from .reading import Reading, read_many
+from .input import IMAGENET_MEAN, IMAGENET_STD, Input
+from .reading import Reading, read_many, readable
 from .sources import Listing
 
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # x [n, 3, S, S], labels [n]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Input:
-    """How an image enters a network.
-
-    ``image_size`` in pixels; ``mean`` and ``std`` of RGB values in [0, 1]; ``fit``: ``crop`` (the centre square) or
-    ``stretch`` (all of the image).
-    """
-
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    fit: str = "stretch"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(map(float, self.mean)))
-        object.__setattr__(self, "std", tuple(map(float, self.std)))
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean and std must be of R, G and B, std positive; got {self.mean} and {self.std}")
-        if self.fit not in ("crop", "stretch"):
-            raise ValueError(f"fit must be crop or stretch, got {self.fit!r}")
-
-    def __call__(self, pixels: np.ndarray | torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
-        """uint8 [n, 1 or 3, S, S] to the network's input, float32 [n, 3, S, S], channels last."""
-        if isinstance(pixels, np.ndarray):
-            pixels = torch.from_numpy(np.array(pixels))  # a copy: cached images are read-only
-        x = pixels.to(device)
-        mean, std = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
-        return ((x.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # x [n, C, H, W], labels [n]
 
 _GREY = (0.13269,) * 3, (0.29185,) * 3
 _OWN_INPUTS = {
@@ -75,7 +42,7 @@ def own_input(name: str) -> Input:
 
 @dataclass(frozen=True)
 class Images:
-    """One split: ``pixels`` uint8 [N, 1 or 3, S, S], ``labels`` int64 [N] (-1: none), ``names`` one for each image."""
+    """One split: ``pixels`` uint8 [N, 1 or 3, H, W], ``labels`` int64 [N] (-1: none), ``names`` one for each image."""
 
     pixels: np.ndarray
     labels: torch.Tensor
@@ -85,7 +52,7 @@ class Images:
         return len(self.labels)
 
     def rgb(self, i: int) -> np.ndarray:
-        """Image i as uint8 [S, S, 3], for display."""
+        """Image i as uint8 [H, W, 3], for display."""
         return np.broadcast_to(self.pixels[i].transpose(1, 2, 0), (*self.pixels.shape[2:], 3))
 
 
@@ -139,7 +106,8 @@ def load(
     source
         ``mnist-mini``, ``mnist``, ``stl10`` or ``cub200``; a folder with ``train/<class>/*`` and ``test/<class>/*``
         (``val``, ``valid`` or ``validation`` stand for ``test``), with ``<class>/*``, or with images alone; a ``torch``
-        data set, or a pair (train, test), of (Pillow image or uint8 array or tensor, label).
+        data set or its ``DataLoader``, or a pair (train, test), of (image, label). An image is a Pillow image, or an
+        array or tensor: uint8, or floats in [0, 1] or normalised, see :func:`~kmex_utils.data.sources.torch_data`.
     input
         Size, fit and normalisation; None: the data set's own.
     name
@@ -186,12 +154,13 @@ def load(
         name, input, place = name or source, input or own_input(source), source
         listing = sources.known(source, downloads, crop)
     elif isinstance(source, str | Path):
-        name, place = name or paths.located(source).resolve().name, _place(source)
+        name, place = name or readable(paths.located(source).resolve().name), _place(source)
         listing = sources.folder(source, needs_labels=needs_labels, strict=strict, log=log)
     else:
-        name = name or type(source[0] if isinstance(source, tuple) else source).__name__
+        first = source[0] if isinstance(source, tuple) else source
+        name = name or type(first.dataset if isinstance(first, DataLoader) else first).__name__
         input = input or own_input(name)
-        listing = sources.torch_data(source, input.image_size, input.fit, needs_labels, reading)
+        listing = sources.torch_data(source, input, needs_labels, reading)
     input = input or own_input(name)
     if strict and listing.is_test is None and not (validation or held_out):
         raise ValueError(f"{name} has no test split: give one, or a share as held_out or validation")
@@ -199,9 +168,12 @@ def load(
 
     def images(split: str, index: np.ndarray) -> Images:
         if listing.pixels is not None:
-            pixels = _resized(listing.pixels, index, input.image_size, reading)
+            pixels = _resized(listing.pixels, index, input.size, reading)
         else:
-            cache = downloads / "cache" / f"{name}-{split}" if strict and data is not None and len(index) else None
+            kept_there = (
+                strict and data is not None and len(index) and not input.transform
+            )  # a transform may be changed
+            cache = downloads / "cache" / f"{name}-{split}" if kept_there else None
             pixels, index = _decoded(listing, index, input, reading, cache)
         return Images(pixels, torch.from_numpy(labels[index]), tuple(listing.names[i] for i in index))
 
@@ -213,7 +185,7 @@ def load(
     if missing := set(range(len(kept))) - set(splits[0].labels.tolist()):
         raise ValueError(f"no image of class {kept[min(missing)]!r} in {name} can be read")
     settings = {"source": place, "name": name, "crop": crop, "strict": strict, "needs_labels": needs_labels, **choice}
-    settings |= {"input": asdict(input), "classes": kept, "data": None if data is None else _place(data)}
+    settings |= {"input": input.settings, "classes": kept, "data": None if data is None else _place(data)}
     settings["held_out"] = held_out if listing.is_test is None else 0.0  # what was done: a test split there is, is used
     return Dataset(name, kept, *splits, input, json.loads(json.dumps(settings)))
 
@@ -225,7 +197,7 @@ def reopen(settings: Mapping[str, Any], **options: Any) -> Dataset:
     """
     if not settings["source"]:
         raise ValueError("a torch data set is not found by its settings: give it again")
-    return replace(load(**{**settings, "input": Input(**settings["input"])}, **options), settings=dict(settings))
+    return replace(load(**{**settings, "input": Input.of(settings["input"])}, **options), settings=dict(settings))
 
 
 def count(source: str | Path, *, classes: str | Sequence[str] = "", **choice: Any) -> tuple[int, int, int]:
@@ -285,13 +257,13 @@ def _place(path: str | Path) -> str:
     return str(path if paths.resolve(path) == there else there)
 
 
-def _resized(pixels: np.ndarray, index: np.ndarray, size: int, reading: Reading) -> np.ndarray:
+def _resized(pixels: np.ndarray, index: np.ndarray, size: tuple[int, int], reading: Reading) -> np.ndarray:
     """The indexed ``pixels``, of another size."""
-    images = reading.room((len(index), pixels.shape[1], size, size))
+    images = reading.room((len(index), pixels.shape[1], *size))
     for start in range(0, len(index), 4096):  # 4,096 images of 96 pixels are 0.45 GB in float32
         x = torch.from_numpy(pixels[index[start : start + 4096]])
-        if x.shape[2:] != (size, size):
-            x = F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+        if x.shape[2:] != size:
+            x = F.interpolate(x.float(), size, mode="bilinear", antialias=True).round().clamp(0, 255).byte()
         images[start : start + 4096] = x.numpy()
     return images
 
@@ -305,26 +277,26 @@ def _decoded(
     """
     from tqdm.auto import tqdm
 
-    size, files, names = input.image_size, [listing.files[i] for i in index], [listing.names[i] for i in index]
+    files, names = [listing.files[i] for i in index], [listing.names[i] for i in index]
     boxes = [listing.boxes[i] for i in index] if listing.boxes else ()
     kept: list[int] = []
 
     def decode(pixels: np.ndarray) -> np.ndarray:
-        images = read_many(files, size, input.fit, reading, names=names, boxes=boxes)
+        images = read_many(files, input, reading, names=names, boxes=boxes)
         for i, image in tqdm(images, "decode", len(files), mininterval=1, leave=False):
             pixels[len(kept)] = image
             kept.append(i)
         reading.check()
         return pixels[: len(kept)]
 
-    shape = (len(index), 3, size, size)
+    shape = (len(index), 3, *input.size)
     if not cache:
         return decode(reading.room(shape)), index[kept]
-    key = hashlib.sha256(repr((size, input.fit, boxes)).encode())
+    key = hashlib.sha256(repr((input.size, input.fit, input.window, boxes)).encode())
     for file in files:
         stat = file.stat()
-        key.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    path = cache.with_name(f"{cache.name}-{size}-{key.hexdigest()[:12]}.npy")
+        key.update(os.fsencode(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n"))
+    path = cache.with_name(f"{cache.name}-{'x'.join(map(str, dict.fromkeys(input.size)))}-{key.hexdigest()[:12]}.npy")
     if not path.exists():
         with replacing(path) as temporary:
             decode(np.lib.format.open_memmap(temporary, "w+", np.uint8, shape))

@@ -1,33 +1,39 @@
 """A folder of images: where it lies, which files are images, and what the layout says of classes and splits."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
-from glob import glob
 from pathlib import Path
 
 from PIL import Image
 
+from .reading import readable
+
 SPLITS = ("train", "test", "val", "valid", "validation")  # in any case; one of the last four beside train/
 LAYOUTS = "give <class>/*, or train/<class>/* with test/<class>/* (or val/)"
 EXPLAINED = "explained.json"  # marks the folder of an explanation, whose pictures are no images to explain
+LITTER = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"}  # of macOS, Synology and Windows
 NO_IMAGES = {".pdf", ".mpg", ".mpeg"}  # Pillow writes these and does not read them
 
 
 def listed(folder: str | Path, log: Callable[[str], None] | None = None) -> list[Path]:
     """Every image file below a folder, by its ending, sorted.
 
-    Left out are hidden files and folders, folders that hold an explanation, and files of other endings; ``log`` gets
-    one line for each of the last two, if there are any.
+    Linked folders are followed, each folder once. Left out are hidden files and folders, what systems leave, links that
+    lead nowhere or to a folder read before, folders that hold an explanation, and files of other endings; ``log`` gets
+    one line for each of the last three, if there are any.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"{root} does not exist or is not a folder: give a folder of images")
     endings = set(Image.registered_extensions()) - NO_IMAGES
-    below = [root / name for name in glob("**", root_dir=root, recursive=True)]
+    below, dead = _below(root)
     results = {file.parent for file in below if file.name == EXPLAINED} - {root}
-    files = sorted(file for file in below if file.is_file() and results.isdisjoint(file.parents))
-    if results and log:
-        log(f"left out, as they hold an explanation: {', '.join(sorted(str(r.relative_to(root)) for r in results))}")
+    files = sorted(file for file in below if results.isdisjoint(file.parents))
+    for links, why in ((dead, "they lead nowhere or to a folder read before"), (results, "they hold an explanation")):
+        if links and log:
+            names = sorted(readable(str(link.relative_to(root))) for link in links)
+            log(f"left out, as {why}: {', '.join(names)}")
     images = [file for file in files if file.suffix.lower() in endings]
     others = Counter(file.suffix.lower() or "without ending" for file in files if file.suffix.lower() not in endings)
     skipped = ", ".join(f"{count} {ending}" for ending, count in others.most_common())
@@ -36,6 +42,30 @@ def listed(folder: str | Path, log: Callable[[str], None] | None = None) -> list
     if skipped and log:
         log(f"left out by their ending: {skipped}")
     return images
+
+
+def _below(root: Path) -> tuple[list[Path], list[Path]]:
+    """Files below a folder, and the links left out: folders first where they lie, then by their links."""
+    files, dead, entered, waiting = [], [], set(), [root]
+    while waiting:
+        start = waiting.pop(0)
+        for name, folders, names in os.walk(start):
+            folder = Path(name)
+            if (real := folder.resolve()) in entered:
+                dead.append(folder)
+                folders.clear()
+                continue
+            entered.add(real)
+            folders[:] = sorted(filter(_shown, folders))
+            waiting += [folder / name for name in folders if (folder / name).is_symlink()]
+            below = [folder / name for name in filter(_shown, names)]
+            files += [file for file in below if file.is_file()]
+            dead += [file for file in below if file.is_symlink() and not file.exists()]
+    return files, dead
+
+
+def _shown(name: str) -> bool:
+    return not name.startswith(".") and name not in LITTER
 
 
 def layout(root: Path, files: list[Path], *, needs_labels: bool, strict: bool) -> tuple[list[str], list[bool]]:
@@ -69,8 +99,8 @@ def layout(root: Path, files: list[Path], *, needs_labels: bool, strict: bool) -
         fix = "give at least two" + ("" if needs_labels else alone)
         raise ValueError(f"{root} holds one class only ({classes[0]}): {fix}")
     in_train = {name for name, is_test in zip(class_of, test, strict=True) if not is_test}
-    folders = [Path(name) for name in glob("*/", root_dir=train_folder)]
-    empty = {name.name for name in folders if not (train_folder / name / EXPLAINED).exists()} - in_train
+    folders = [path for path in train_folder.iterdir() if _shown(path.name) and path.is_dir()]
+    empty = {path.name for path in folders if not (path / EXPLAINED).exists()} - in_train
     if strict and classes and empty:
         names = ", ".join(sorted(empty))
         raise ValueError(f"{train_folder} has classes without images: {names}; add images or remove the folders")

@@ -1,6 +1,9 @@
 """The one way from an image file to pixels: upright, 8-bit RGB, of the network's size; or why not."""
 
+import math
+import re
 import shutil
+import struct
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -8,15 +11,31 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from .input import Input, name_of
 
 NAMED = 10  # so many unreadable images are named; the others are counted
 AHEAD = 256  # images decoded before the first of them is taken: 37 MiB at 224 pixels
 IN_MEMORY = 2**30  # bytes of decoded images of a split; more go to a temporary file
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for broken files
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, Image.DecompressionBombError)
 KINDS = {"L": "of one channel", "1": "of one channel", "P": "with a palette"}  # of Pillow's modes
+UPRIGHT = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+WHITE = 65535  # of 16 bits
+DARK = 4096  # brightest values below it use less than a 16th of 16 bits: 12 bits in 16
+TOLERANCE = 0.5 / 255  # beyond [0, 1]: clipped, it is the same 8-bit value
 
 
 @dataclass
@@ -29,22 +48,24 @@ class Reading:
     total: int = 0
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     converted: Counter[str] = field(default_factory=Counter)
+    values: tuple[float, float] = (0, 0)  # least and largest of more than 8 bits, without a window
     strict: bool = False
     scratch: str | Path | None = None
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """Count an image; what Pillow raises inside makes it unreadable."""
+        """Count an image; what broken files raise inside makes it unreadable."""
         self.total += 1
         try:
             yield
         except UNREADABLE as error:
             self.unreadable.append((name, reason(error)))
 
-    def pixels(self, image: tuple[np.ndarray, str]) -> np.ndarray:
-        """The pixels of what :func:`read` or :func:`fitted` returned; its conversion is counted."""
-        self.converted.update([image[1]] if image[1] else [])
-        return image[0]
+    def pixels(self, image: "Read") -> np.ndarray:
+        """The pixels of what was read; what it was is counted."""
+        self.converted.update([image.kind] if image.kind else [])
+        self.values = (min(self.values[0], *image.values, 0), max(self.values[1], *image.values, 0))
+        return image.pixels
 
     def room(self, shape: tuple[int, ...]) -> np.ndarray:
         """An empty uint8 array: in memory up to 1 GiB, else in a temporary file in ``scratch`` (None: the system's)."""
@@ -68,6 +89,12 @@ class Reading:
         if self.converted:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.converted.most_common())
             yield f"converted to 8-bit RGB: {kinds}"
+        low, high = self.values
+        if low < 0 or 0 < high < DARK or high > WHITE:
+            if low == 0 and high < DARK:
+                high = 2 ** math.ceil(math.log2(high + 1)) - 1  # of so many bits
+            words = f"images of more than 8 bits hold values {self.values[0]:.0f} … {self.values[1]:.0f}"
+            yield f"{words}, and 0 is black, {WHITE} white: give window=({low:.0f}, {high:.0f})"
 
     def check(self) -> None:
         """If ``strict``, raise ValueError for unreadable images: one line that names up to three."""
@@ -85,41 +112,143 @@ def reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def rgb(image: Image.Image) -> tuple[Image.Image, str]:
-    """Upright 8-bit RGB of an image, and what it was converted from (empty: nothing to convert).
+class Read(NamedTuple):
+    """``pixels`` uint8 [3, H, W]; ``kind``: what they were converted from; ``values``: the least and the largest.
 
-    16 bits are scaled to 8 (65535 is white in every image); transparency is laid on white.
+    ``values`` are of more than 8 bits without a window, else empty.
     """
-    image = ImageOps.exif_transpose(image)
+
+    pixels: np.ndarray
+    kind: str = ""
+    values: Sequence[float] = ()
+
+
+def readable(name: str) -> str:
+    """A file's name as text of one line: what UTF-8 cannot hold, control characters and backslashes are escaped."""
+    return re.sub(
+        r"[\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda c: c[0].encode("unicode_escape").decode(), name
+    )
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, of which the orientation alone is read; malformed EXIF says nothing."""
+    image.load()  # TIFF turns itself
+    try:
+        method = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # TypeError, struct.error, SyntaxError, KeyError …: the pixels are fine
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def rgb(image: Image.Image, window: Sequence[float] = ()) -> tuple[Image.Image, str, Sequence[float]]:
+    """Upright 8-bit RGB of an image, what it was converted from (empty: nothing), and as :class:`Read` its values.
+
+    Of more than 8 bits ``window`` is black and white (empty: 0 and 65535, in every image); transparency is laid on
+    white.
+    """
+    image = upright(image)
     mode = image.mode
     if mode == "RGB":
-        return image, ""
-    if mode == "F":
-        raise ValueError("floating-point pixels have no fixed white: save them with 8 or 16 bits")
-    if mode.startswith("I"):
-        scaled = (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-        return Image.fromarray(scaled).convert("RGB"), "of 16 bit"
+        return image, "", ()
+    if mode == "F" and not window:
+        raise ValueError("floating-point pixels have no fixed white: give window=(low, high)")
+    if mode == "F" or mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        low, high = window or (0, WHITE)
+        scaled = np.nan_to_num((values - low) / ((high - low) / 255)).round().clip(0, 255).astype(np.uint8)
+        extremes = () if window else (values.min(), values.max())
+        kind = "of floating point" if mode == "F" else "of 16 bit"
+        return Image.fromarray(scaled).convert("RGB"), kind, extremes
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB"), "with transparency (laid on white)"
-    return image.convert("RGB"), KINDS.get(mode, f"of {mode}")
+        return Image.alpha_composite(white, image).convert("RGB"), "with transparency (laid on white)", ()
+    return image.convert("RGB"), KINDS.get(mode, f"of {mode}"), ()
 
 
-def fitted(image: Image.Image, size: int, fit: str) -> tuple[np.ndarray, str]:
-    """An open image as uint8 [3, size, size], and what it was converted from.
-
-    ``fit``: ``crop`` cuts the centre square of the shorter side, ``stretch`` keeps all of the image.
-    """
-    image, kind = rgb(image)
-    if fit == "crop":
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+def fitted(image: Image.Image, input: Input) -> Read:
+    """An open image as it enters a network, before normalisation."""
+    image, kind, values = rgb(image, input.window)
+    if input.transform:
+        return Read(_transformed(image, input), kind, values)
+    height, width = input.size
+    if input.fit == "crop":
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     else:
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1), kind
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return Read(np.asarray(image).transpose(2, 0, 1), kind, values)
 
 
-def read(file: str | Path, size: int, fit: str, box: Sequence[float] | None = None) -> tuple[np.ndarray, str]:
+def _transformed(image: Image.Image, input: Input) -> np.ndarray:
+    """What one's own transform makes of an image, as uint8 [3, H, W]."""
+    assert input.transform
+    try:
+        x = input.transform(image)
+    except Exception as error:  # whatever foreign code raises
+        raise ValueError(f"{name_of(input.transform)} fails on a Pillow image: {reason(error)}") from None
+    wanted = (input.channels, *input.size)
+    if not isinstance(x, torch.Tensor) or x.shape != wanted:
+        got = list(x.shape) if isinstance(x, torch.Tensor) else type(x)
+        raise ValueError(f"transform must give a tensor {list(wanted)} as image_size says, got {got}")
+    array = x.detach().cpu().numpy()
+    pixels = array if x.dtype == torch.uint8 else as_bytes(array, input)
+    return np.broadcast_to(pixels, (3, *input.size))
+
+
+def as_bytes(array: np.ndarray, input: Input, normalised: bool | None = None) -> np.ndarray:
+    """Floats [1 or 3, H, W] as uint8 of the same shape: values in [0, 1], or normalised by ``input``'s mean and std.
+
+    ``normalised`` None: those are that leave [0, 1]. A ValueError where neither gives values in [0, 1].
+    """
+    if normalised is None:
+        normalised = outside(array)
+    if normalised:
+        mean, std = (np.reshape(values, (-1, 1, 1))[: len(array)] for values in (input.mean, input.std))
+        undone = array.astype(np.float64) * std + mean
+    else:
+        undone = array
+    if outside(undone):
+        raise ValueError(
+            f"values {array.min():.3g} … {array.max():.3g} are not in [0, 1], nor normalised by mean {input.mean} and "
+            f"std {input.std}: give mean= and std= as the images were normalised"
+        )
+    return (undone * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def outside(array: np.ndarray) -> bool:
+    """Whether any value leaves [0, 1]."""
+    return not (array.min() >= -TOLERANCE and array.max() <= 1 + TOLERANCE)
+
+
+def taken(image: Any, input: Input, normalised: bool | None = None) -> Read:
+    """A Pillow image, or an array or tensor, as it enters a network, before normalisation.
+
+    uint8 [H, W], [H, W, 1, 3 or 4] or [1 or 3, H, W]; floats [1 or 3, H, W] or [H, W, 1 or 3] as :func:`as_bytes` takes
+    them; or, of more than 8 bits, numbers [H, W] as in a file. A TypeError for any other.
+    """
+    if isinstance(image, Image.Image):
+        return fitted(image, input)
+    array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    floats, shape = array.dtype.kind == "f", array.shape
+    first = len(shape) == 3 and shape[0] in (1, 3) and (floats or shape[2] not in (1, 3, 4))
+    if len(shape) == 2 and array.dtype.kind in "iuf" and array.dtype != np.uint8 and 0 not in shape:
+        wide = array if array.dtype == np.uint16 else array.astype(np.float32 if floats else np.int32)
+        return fitted(Image.fromarray(wide), input)
+    last = len(shape) == 3 and shape[2] in (1, 3, 4)
+    if not (floats or array.dtype == np.uint8) or not (first or last or len(shape) == 2) or 0 in shape:
+        kinds = "uint8 [H, W, 3] or [3, H, W], or floats [3, H, W]"
+        raise TypeError(f"images must be Pillow images, or arrays or tensors, {kinds}, got {array.dtype} {list(shape)}")
+    if floats:
+        array = as_bytes(array if first else array.transpose(2, 0, 1), input, normalised)
+        if array.shape[1:] == input.size:  # as the network takes it
+            return Read(np.broadcast_to(array, (3, *input.size)))
+        first = True
+    array = array.transpose(1, 2, 0) if first else array
+    array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    return fitted(Image.fromarray(np.ascontiguousarray(array)), input)
+
+
+def read(file: str | Path, input: Input, box: Sequence[float] | None = None) -> Read:
     """One file as :func:`fitted` makes it; raises ValueError with the reason in a few words if it cannot be read.
 
     ``box`` (x, y, width, height) is cut out first, in the file's own pixels: annotations count them as stored.
@@ -129,21 +258,21 @@ def read(file: str | Path, size: int, fit: str, box: Sequence[float] | None = No
             raise ValueError("zero bytes")
         with Image.open(file) as image:
             if box is None:
-                return fitted(image, size, fit)
+                return fitted(image, input)
             x, y, width, height = box
-            return fitted(image.crop((round(x), round(y), round(x + width), round(y + height))), size, fit)
-    except UNREADABLE as error:
+            return fitted(image.crop((round(x), round(y), round(x + width), round(y + height))), input)
+    except Exception as error:  # Pillow's readers raise TypeError, KeyError, struct.error … for broken files
         raise ValueError(reason(error)) from None
 
 
 def read_many(
-    files: Sequence[Path], size: int, fit: str, reading: Reading, *, names: Sequence[str], boxes: Sequence = ()
+    files: Sequence[Path], input: Input, reading: Reading, *, names: Sequence[str], boxes: Sequence = ()
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(index, uint8 [3, size, size]) of the files that can be read; ``reading`` learns of the others by ``names``."""
+    """(index, uint8 [3, H, W]) of the files that can be read; ``reading`` learns of the others by ``names``."""
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(files), AHEAD):
             part = range(start, min(start + AHEAD, len(files)))
-            work = [pool.submit(read, files[i], size, fit, boxes[i] if boxes else None) for i in part]
+            work = [pool.submit(read, files[i], input, boxes[i] if boxes else None) for i in part]
             for i, future in zip(part, work, strict=True):
                 with reading.attempt(names[i]):
                     yield i, reading.pixels(future.result())

@@ -7,18 +7,19 @@ import io
 import operator
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from torch.utils.data import DataLoader, default_collate, default_convert
 
 from .. import paths
 from . import folders
-from .reading import Reading, fitted
+from .input import Input, read_off
+from .reading import UNREADABLE, Reading, outside, readable, taken
 
 MNIST_MINI_SHA256 = "ca038e34953256d15c41ff771ae1cb9d00049611dec5ee0c80c29b86025a9d83"
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
@@ -29,6 +30,7 @@ SIZES = {  # training images, test images, classes
     "stl10": (5_000, 8_000, 10),
     "cub200": (5_994, 5_794, 200),
 }
+LOOKED_AT = 16  # images of a torch data set, to tell whether its tensors are normalised
 
 
 @dataclass(frozen=True)
@@ -178,33 +180,62 @@ def folder(
         raise ValueError(f"unknown dataset {source!r}: use one of {', '.join(SIZES)}, or give a folder of images")
     files = folders.listed(root, log)
     class_of, test = folders.layout(root, files, needs_labels=needs_labels, strict=strict)
+    class_of = [readable(name) for name in class_of]
     classes = sorted(set(class_of) - {""})
     number = {name: label for label, name in enumerate(classes)}
     labels, is_test = np.array([number.get(name, -1) for name in class_of]), np.array(test)
-    names = [str(file.relative_to(root)) for file in files]
+    names = [readable(file.relative_to(root).as_posix()) for file in files]
     return Listing(tuple(classes), labels, names, is_test if is_test.any() else None, files)
 
 
-def torch_data(source: Any, size: int, fit: str, needs_labels: bool, reading: Reading) -> Listing:
-    """A ``torch`` data set, or a pair (train, test), of (image, label); read once, to uint8 [N, 3, size, size]."""
+def torch_data(source: Any, input: Input, needs_labels: bool, reading: Reading) -> Listing:
+    """A ``torch`` data set, or a pair (train, test), of (image, label); read once, to uint8 [N, 3, H, W].
+
+    Of a ``DataLoader`` the data set is read, in its own order. Float tensors are taken as values in [0, 1] or, where
+    any of the data set leaves it, as normalised: as the data set's ``transform`` does it, else as ``input`` says.
+    """
     from tqdm.auto import tqdm
 
     pair = source if isinstance(source, tuple) else (source,)
-    if len(pair) > 2 or not all(hasattr(part, "__len__") and hasattr(part, "__getitem__") for part in pair):
-        raise TypeError(f"give a known name, a folder, a torch data set or a pair (train, test), got {type(source)}")
-    pixels = reading.room((sum(map(len, pair)), 3, size, size))
+    parts: list[Any] = [part.dataset if isinstance(part, DataLoader) else part for part in pair]
+    if len(pair) > 2 or not all(hasattr(part, "__len__") and hasattr(part, "__getitem__") for part in parts):
+        kinds = "a known name, a folder, a torch data set with a length or its DataLoader, or a pair (train, test)"
+        raise TypeError(f"give {kinds}, got {type(source)}")
+    pixels = reading.room((sum(map(len, parts)), 3, *input.size))
     rows: list[tuple[int, int, bool]] = []  # label, index and whether it is of the test split
-    for part, dataset in enumerate(pair):
+    for split, dataset in enumerate(parts):
+        collate = getattr(pair[split], "collate_fn", default_collate) if dataset is not pair[split] else default_collate
+        as_taken, normalised = _normalised(dataset, collate, input)
         for i in tqdm(range(len(dataset)), "read", mininterval=1, leave=False):
             with reading.attempt(f"image {i}"):
-                image, label = _image_and_label(dataset[i])
-                pixels[len(rows)] = reading.pixels(fitted(image, size, fit))
-                rows.append((label, i, part == 1))
+                image, label = _image_and_label(dataset[i], collate)
+                pixels[len(rows)] = reading.pixels(taken(image, as_taken, normalised))
+                rows.append((label, i, split == 1))
     reading.check()
     labels, index, test = np.array(rows, np.int64).reshape(-1, 3).T
-    classes, labels = _classes(pair[0], labels, test == 1) if needs_labels or (labels >= 0).any() else ((), labels)
-    names, is_test = [*map(str, index)], test == 1 if len(pair) > 1 else None
+    classes, labels = _classes(parts[0], labels, test == 1) if needs_labels or (labels >= 0).any() else ((), labels)
+    names, is_test = [*map(str, index)], test == 1 if len(parts) > 1 else None
     return Listing(classes, labels, names, is_test, pixels=pixels[: len(rows)])
+
+
+def _normalised(dataset: Any, collate: Callable[..., Any], input: Input) -> tuple[Input, bool]:
+    """How the float tensors of a data set were normalised, and whether they were; a ValueError if it is not known."""
+    inner = dataset
+    while not hasattr(inner, "transform") and hasattr(inner, "dataset"):  # a Subset
+        inner = inner.dataset
+    with suppress(AttributeError, KeyError, ValueError):  # there is none, or none of Pillow images
+        found = read_off(inner.transform)
+        return replace(input, mean=found["mean"], std=found["std"], channels=len(found["mean"])), True
+    floats = []
+    for i in range(0, len(dataset), len(dataset) // LOOKED_AT + 1):
+        with suppress(*UNREADABLE):
+            image, _ = _image_and_label(dataset[i], collate)
+            if isinstance(image, torch.Tensor | np.ndarray) and image.ndim == 3 and np.asarray(image).dtype.kind == "f":
+                floats.append(image)
+    normalised = any(outside(np.asarray(image)) for image in floats)
+    for image in floats:
+        taken(image, input, normalised)  # refuses at once what no image of the data set would give
+    return input, normalised
 
 
 def _classes(dataset: Any, labels: np.ndarray, is_test: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
@@ -222,19 +253,12 @@ def _classes(dataset: Any, labels: np.ndarray, is_test: np.ndarray) -> tuple[tup
     return tuple(str(names[c]) for c in present), np.searchsorted(present, labels)
 
 
-def _image_and_label(item: Any) -> tuple[Image.Image, int]:
+def _image_and_label(item: Any, collate: Callable[..., Any]) -> tuple[Any, int]:
     try:
-        image, label = item
-        label = operator.index(label)
+        if collate not in (default_collate, default_convert):
+            (image,), (label,) = collate([item])  # a batch of one
+        else:
+            image, label = item
+        return image, operator.index(label)
     except (TypeError, ValueError):
         raise TypeError(f"a data set's items must be (image, integer label), got {type(item)}") from None
-    if isinstance(image, Image.Image):
-        return image, label
-    array = image.numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or 3 not in (array.shape[0], array.shape[2]):
-        fix = "drop ToTensor and Normalize from its transforms, the network's own normalisation follows"
-        kinds = f"uint8 [H, W, 3] or [3, H, W], got {array.dtype} {list(array.shape)}"
-        raise TypeError(f"a data set's images must be Pillow images or {kinds}: {fix}")
-    if array.shape[2] != 3:
-        array = array.transpose(1, 2, 0)
-    return Image.fromarray(np.ascontiguousarray(array)), label

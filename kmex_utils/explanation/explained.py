@@ -5,7 +5,7 @@
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Picture:
-    """One image: ``pixels`` uint8 [3, S, S], a ``name``, and where it lies in the data set, if it does."""
+    """One image: ``pixels`` uint8 [3, H, W], a ``name``, and where it lies in the data set, if it does."""
 
     pixels: np.ndarray
     name: str
@@ -53,23 +53,23 @@ class Picture:
 
     @property
     def rgb(self) -> np.ndarray:
-        """For display, uint8 [S, S, 3]."""
+        """For display, uint8 [H, W, 3]."""
         return np.broadcast_to(self.pixels.transpose(1, 2, 0), (*self.pixels.shape[1:], 3))
 
 
-AnyImage = int | str | Path | np.ndarray | Image.Image | Picture
+AnyImage = int | str | Path | np.ndarray | torch.Tensor | Image.Image | Picture
 
 
 class Seen(NamedTuple):
     """What network and prototypes make of images: y [n, C], h [n, D, H, W], q_s by start block [n, H_b, W_b].
 
-    ``pixels`` are the images themselves, uint8 [n, 1 or 3, S, S].
+    ``inputs`` are the images as they enter the network, [n, 1 or 3, H, W].
     """
 
     y: torch.Tensor
     h: torch.Tensor
     maps: dict[int, torch.Tensor]
-    pixels: np.ndarray
+    inputs: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -223,17 +223,20 @@ class Explained:
     # one image
 
     def picture(self, image: AnyImage) -> Picture:
-        """An image by its index or name in the data set, from a file, or as uint8 array [H, W, 3] or a Pillow image.
+        """An image by its index or name in the data set, from a file, or a Pillow image, an array or a tensor.
 
-        An index counts held-out images first, then those that made the prototypes. Raises ValueError or IndexError if
-        there is no such image, or it cannot be read.
+        An index counts held-out images first, then those that made the prototypes. Arrays and tensors are uint8
+        [H, W, 3] or [3, H, W], or floats in [0, 1], or normalised as the network takes them: those are told by values
+        that leave [0, 1], and undone by mean and std.
+
+        Raises ValueError, TypeError or IndexError if there is no such image, or it cannot be read.
         """
         if isinstance(image, Picture):
             return image
-        size, fit = self.network.input.image_size, self.network.input.fit
         if isinstance(image, str | Path):
             file, folder = Path(image).expanduser(), self.settings.get("folder")
             inside = [str(image), *([os.path.relpath(file.absolute(), folder)] if folder else [])]
+            inside += [reading.readable(name) for name in inside]
             name = next((name for name in inside if name in self.names), "")
             if not name and not file.is_file():
                 of = (
@@ -241,16 +244,11 @@ class Explained:
                 )
                 raise ValueError(f"{image} is neither a file nor {of}")
             if not name:
-                return Picture(reading.read(file, size, fit)[0], file.name)
+                return Picture(reading.read(file, self.network.input).pixels, reading.readable(file.name))
             image = self.names.index(name)
         if isinstance(image, int | np.integer):
             return self._picture(int(image))
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,), (4,)):
-                got = f"{image.dtype} {list(image.shape)}"
-                raise ValueError(f"an array must be uint8 [H, W, 3] with values 0 … 255, got {got}")
-            image = Image.fromarray(image)
-        return Picture(reading.fitted(image, size, fit)[0], "image")
+        return Picture(reading.taken(image, self.network.input).pixels, "image")
 
     def _picture(self, index: int) -> Picture:
         """An image of the data set."""
@@ -277,24 +275,25 @@ class Explained:
         if picture.split in self.h:
             i = slice(picture.index, picture.index + 1)
             maps = {b: self.maps[b, picture.split][i].long() for b in self.explainers}
-            return Seen(self.y[picture.split][i], self.h[picture.split][i], maps, picture.pixels[None])
+            x = self.network.input(picture.pixels[None])
+            return Seen(self.y[picture.split][i], self.h[picture.split][i], maps, x)
         return self._seen(picture.pixels.tobytes(), picture.pixels.shape)
 
     def _see(self, pixels: bytes, shape: tuple[int, ...]) -> Seen:
         return self.see(np.frombuffer(pixels, np.uint8).reshape(1, *shape))
 
     def see(self, pixels: np.ndarray, device: torch.device | str = "cpu") -> Seen:
-        """What the network and the prototypes make of images, uint8 [n, 1 or 3, S, S]."""
+        """What the network and the prototypes make of images, uint8 [n, 1 or 3, H, W]."""
         return self.see_inputs(self.network.input(pixels, device))
 
     @torch.no_grad()
     @exact()
     def see_inputs(self, inputs: torch.Tensor) -> Seen:
-        """The same of what enters the network, float32 [n, 3, S, S], where the network is."""
+        """The same of what enters the network, float32 [n, 3, H, W], where the network is."""
         x, y = self.network.eval().outputs(inputs)
         double = [u.to(double_device(u.device)) for u in x]
         maps = {b: explainer.sim(explainer.h(double)).cpu() for b, explainer in self.explainers.items()}
-        return Seen(y.cpu(), x[-1].cpu(), maps, pixels)
+        return Seen(y.cpu(), x[-1].cpu(), maps, inputs)
 
     def target(self, target: str | int | None, seen: Seen) -> int:
         """Index of a class of the network, by name or index; empty or None: the one predicted for an image."""
@@ -309,7 +308,7 @@ class Explained:
         predicted = seen.y.argmax(1)
         j = predicted if target in ("", None) else torch.full_like(predicted, self.network.output(target))
         last = self.explainers[self.start_blocks[0]]
-        x = self.network.input(seen.pixels) if self.network.form == "gated" else seen.h
+        x = seen.inputs.cpu() if self.network.form == "gated" else seen.h
         with exact():
             att = attribution(seen.h, self.network.columns(x, j).detach().cpu())
         return carried(att, seen.maps, last.normalisation.align_corners, start=start)
@@ -460,7 +459,12 @@ class Explained:
 
     @classmethod
     def load(
-        cls, folder: str | Path, module: nn.Module | None = None, images: str | Path | Dataset | Any | None = None
+        cls,
+        folder: str | Path,
+        module: nn.Module | None = None,
+        images: str | Path | Dataset | Any | None = None,
+        *,
+        transform: Callable[[Any], torch.Tensor] | None = None,
     ) -> "Explained":
         """What :meth:`save` left: explains images it has never seen, and fits nothing again.
 
@@ -470,6 +474,8 @@ class Explained:
             Your own network, where it is not one of torchvision or timm; refused where its weights or scores differ.
         images
             As :func:`explain` takes them, for what needs the data set: indices, names, the explorer's list.
+        transform
+            Your own, where images entered by one: only its name is saved.
 
         Raises
         ------
@@ -483,7 +489,7 @@ class Explained:
         settings = load_json(path)
         if not isinstance(settings, dict) or not isinstance(settings.get("classes"), list):
             raise ValueError(f"{path} is not of a whole saved explanation: save it again")
-        network = networks.load(folder, module)
+        network = networks.load(folder, module, transform)
         how = {key: settings[key] for key in ("held_out", "seed") if key in settings}
         dataset = None if images is None else opened(images, network, **how)
         explained, weights = cls(network, dataset, settings), network.fingerprint
@@ -530,8 +536,8 @@ class Explained:
     @torch.no_grad()
     def _channels(self) -> list[int]:
         """D_1 … D_B."""
-        size = self.network.input.image_size
-        return [x.shape[1] for x in self.network.eval().activations(torch.zeros(1, 3, size, size))]
+        x = self.network.input(np.zeros((1, 1, *self.network.input.size), np.uint8))
+        return [u.shape[1] for u in self.network.eval().activations(x)]
 
 
 def opened(images: str | Path | Dataset | Any, network: Network, **how: Any) -> Dataset:

@@ -86,6 +86,8 @@ function render({ model, el }) {
 
   function paint() {
     const now = view();
+    const proportions = picture.naturalWidth ? `${picture.naturalWidth} / ${picture.naturalHeight}` : "1";
+    [image, map, attribution].forEach((p) => (p.canvas.style.aspectRatio = proportions));
     image.context.imageSmoothingEnabled = true;
     if (picture.complete && picture.naturalWidth) image.context.drawImage(picture, 0, 0, SIZE, SIZE);
     drawGrid(map.context, now.map, (value) => now.prototypes[value].colour);

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.folders import listed
-from ..data.reading import Reading, read_many
+from ..data.reading import Reading, read_many, readable
 from ..hardware import pick_device
 from ..store import load_json, replacing, save_json
 
@@ -47,8 +48,8 @@ def export(
     Leaves in ``folder``:
 
     ``images.parquet``
-        a row for each image: file, the network's class and score, each explainer's class, the ``error`` of one that
-        cannot be read;
+        a row for each image: file (what UTF-8 cannot hold and control characters are escaped), the network's class and
+        score, each explainer's class, the ``error`` of one that cannot be read;
     ``segments.parquet``
         a row for each image, explainer and prototype in its map: class, share of the positions, attribution to the
         network's predicted class (empty where eq. 11 does not hold);
@@ -132,9 +133,9 @@ def _batch(
     explained: "Explained", files: Sequence[Path], root: Path, folder: Path, maps: str, device: torch.device
 ) -> tuple[Rows, Rows]:
     """Rows of both tables; writes the maps on the way."""
-    network, names = explained.network, [str(file.relative_to(root)) for file in files]
+    network, names = explained.network, [readable(file.relative_to(root).as_posix()) for file in files]
     reading = Reading()
-    read = list(read_many(files, network.input.image_size, network.input.fit, reading, names=names))
+    read = list(read_many(files, network.input, reading, names=names))
     reasons = dict(reading.unreadable)
     images: Rows = [{"file": name, "error": reasons.get(name)} for name in names]
     segments: Rows = []
@@ -185,7 +186,7 @@ def _states(root: Path, files: Sequence[Path]) -> Iterator[bytes]:
     """Name, size and time of change of each file: other files make another export."""
     for file in files:
         state = file.stat()
-        yield f"{file.relative_to(root)} {state.st_size} {state.st_mtime_ns}\n".encode()
+        yield os.fsencode(f"{file.relative_to(root)} {state.st_size} {state.st_mtime_ns}\n")
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -16,7 +16,7 @@ GREY = 0.88  # of the others
 
 @styled
 def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title: str = "") -> Figure:
-    """The interpretation process of one image, uint8 [S, S, 3].
+    """The interpretation process of one image, uint8 [H, W, 3].
 
     The interpretations, one per explainer, are drawn from left to right (the paper: B4, B234); all attributions share
     one scale.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..data import Dataset
 from ..hardware import exact, pick_device
@@ -14,6 +15,7 @@ from ..method.composite import Normalisation
 from ..method.explainers import block_name
 from ..method.measures import accuracy, cosine_alignment
 from ..networks import Network
+from ..networks.network import network as to_explain
 from .explained import Explained, opened
 from .passed import Passed
 
@@ -25,7 +27,7 @@ SPLITS = {"train": "images of the prototypes", "test": "held out"}  # as the tab
 
 
 def explain(
-    network: Network,
+    network: Network | nn.Module,
     images: str | Path | Dataset | Any,
     *,
     start_block: int = 0,
@@ -41,17 +43,19 @@ def explain(
     batch_size: int = 32,
     scratch: str | Path | None = None,
     log: Callable[[str], None] = print,
+    **taken_in: Any,
 ) -> Explained:
     """Prototypes of a frozen network from a folder of images; nothing is trained.
 
     Parameters
     ----------
     network
-        From :func:`kmex_utils.network`.
+        From :func:`kmex_utils.network`, or a module of your own, which is taken in by it with the further options
+        (``classes``, ``image_size``, ``mean``, ``std``, ``window``, ``transform`` …).
     images
         ``<class>/*``, or ``train/<class>/*`` with ``test/<class>/*`` (or ``val/``), or images without labels: then the
         network's predictions stand in for labels in the class-wise clustering. Or a data set of
-        :func:`kmex_utils.data.load`, or what it takes: a ``torch`` data set, or a pair of them.
+        :func:`kmex_utils.data.load`, or what it takes: a ``torch`` data set, its ``DataLoader``, or a pair of them.
     start_block
         The shallowest block to explain from, 1 … B; 0: the last three blocks (B234 of four).
     prototypes_per_class
@@ -73,6 +77,10 @@ def explain(
     ValueError, FileNotFoundError
         One line that says what to change.
     """
+    if not isinstance(network, Network):
+        network = to_explain(network, **taken_in)
+    elif taken_in:
+        raise ValueError(f"{', '.join(taken_in)}: options of kmex_utils.network(), give them there")
     blocks = len(network.blocks)
     first = start_block or max(1, blocks - 2)
     block_name(first, blocks)  # refuses a block that is not there

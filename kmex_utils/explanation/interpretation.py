@@ -9,7 +9,7 @@ import numpy as np
 class Patch:
     """A prototype and a training patch near it.
 
-    ``share`` of the explained image's positions; ``pixels`` uint8 [s, s, 3], the training image around the segment
+    ``share`` of the explained image's positions; ``pixels`` uint8 [h, w, 3], the training image around the segment
     of the nearest row, faded outside it; ``index`` of that image in the training split.
     """
 
@@ -37,24 +37,26 @@ class Interpretation:
 def segment_patch(image: np.ndarray, segments: np.ndarray, position: int) -> np.ndarray:
     """The connected part of a segment around ``position`` (row-major on the map's grid), cut out of its image.
 
-    A square with one cell of context on each side; what is outside the segment is faded towards grey. ``image`` uint8
-    [S, S, 3], ``segments`` int [H', W']; returns uint8 [s, s, 3].
+    A square with one cell of context on each side, or what the image has of it; what is outside the segment is faded
+    towards grey. ``image`` uint8 [H, W, 3], ``segments`` int [H', W']; returns uint8 [h, w, 3].
     """
     row, column = divmod(position, segments.shape[1])
     part = _connected(segments == segments[row, column], row, column)
     rows, columns = (np.flatnonzero(part.any(axis)) for axis in (1, 0))
-    size = image.shape[0]
-    cell_h, cell_w = size / part.shape[0], size / part.shape[1]
-    extent_h, extent_w = rows[-1] - rows[0] + 3, columns[-1] - columns[0] + 3  # with a cell of context on each side
-    side = min(round(max(extent_h * cell_h, extent_w * cell_w)), size)
-    top, left = (
-        int(np.clip(round((cells[0] + cells[-1] + 1) / 2 * cell - side / 2), 0, size - side))
-        for cells, cell in ((rows, cell_h), (columns, cell_w))
+    cells = tuple(length / count for length, count in zip(image.shape[:2], part.shape, strict=True))
+    # with a cell of context on each side
+    side = round(
+        max((reached[-1] - reached[0] + 3) * cell for reached, cell in zip((rows, columns), cells, strict=True))
     )
-    row_of, column_of = (np.arange(size) * cells // size for cells in part.shape)
+    height, width = (min(side, length) for length in image.shape[:2])
+    top, left = (
+        int(np.clip(round((reached[0] + reached[-1] + 1) / 2 * cell - extent / 2), 0, length - extent))
+        for reached, cell, extent, length in zip((rows, columns), cells, (height, width), image.shape[:2], strict=True)
+    )
+    row_of, column_of = (np.arange(n) * count // n for n, count in zip(image.shape[:2], part.shape, strict=True))
     inside = part[row_of][:, column_of, None]
     faded = 0.35 * image + 0.65 * 160  # towards a mid grey, faint enough to tell and strong enough to see where it lies
-    return np.where(inside, image, faded).astype(np.uint8)[top : top + side, left : left + side]
+    return np.where(inside, image, faded).astype(np.uint8)[top : top + height, left : left + width]
 
 
 def _connected(segment: np.ndarray, row: int, column: int) -> np.ndarray:

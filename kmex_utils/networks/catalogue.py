@@ -105,7 +105,7 @@ def _timm(arch: str, arguments: dict[str, Any], imagenet: bool) -> tuple[nn.Modu
     subset = infer_imagenet_subset(module)  # which classes, in the network's order
     info = ImageNetInfo(subset) if subset else None
     classes = [info.index_to_description(i) for i in range(info.num_classes())] if info else []
-    return module, Input(config["input_size"][-1], config["mean"], config["std"], "crop"), classes
+    return module, Input(config["input_size"][1:], config["mean"], config["std"], "crop"), classes
 
 
 def _made(

@@ -6,8 +6,8 @@ the network stays as it is, trained or explained, and its block outputs are read
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import paths
-from ..data import Input
-from ..data.dataset import IMAGENET_MEAN, IMAGENET_STD
+from ..data import IMAGENET_MEAN, IMAGENET_STD, Input
+from ..data.input import name_of, numbers, read_off
 from ..hardware import exact
 from ..store import load_json, load_tensors, save_json, save_tensors
 from .catalogue import Built, build, is_timm, is_torchvision
 from .checkpoints import fingerprint, fit_head, fitting, load_into, read, reason
+from .class_names import class_names
 from .head import Head, Tail, find, residual, scores, several
 from .trace import QUIET, Call, H, Layout, Pass, Tap, Trace, Value, noise
 
@@ -260,8 +261,10 @@ class Network(nn.Module):
 
     def preprocessing(self) -> str:
         """Input size and normalisation in a few words, with what is assumed."""
-        size = self.input.image_size
-        words = f"{size} x {size} pixels ({self.input.fit}), mean {self.input.mean}, std {self.input.std}"
+        input = self.input
+        how = name_of(input.transform) if input.transform else input.fit
+        words = f"{' x '.join(map(str, input.size))} pixels ({how}), mean {input.mean}, std {input.std}"
+        words += f", window {input.window}" if input.window else ""
         if not self.assumed:
             return words
         given = ", ".join(f"{name}=" for name in self.assumed)
@@ -275,7 +278,7 @@ class Network(nn.Module):
     def settings(self) -> dict[str, Any]:
         """What fixes the explanation, to be saved with it."""
         settings = {name: getattr(self, name) for name in ("name", "blocks", "head", "between")}
-        return {"network": {**settings, **asdict(self.input), "weights": self.fingerprint}}
+        return {"network": {**settings, **self.input.settings, "weights": self.fingerprint}}
 
     def save(self, folder: str | Path) -> None:
         """Write ``network.json``, and ``weights.safetensors`` under the library's own names, for :func:`load`.
@@ -287,7 +290,7 @@ class Network(nn.Module):
         if (folder / WEIGHTS).exists() and not (folder / SETTINGS).exists():
             raise FileExistsError(f"{folder / WEIGHTS} is not of a network saved here: choose another folder")
         names = ("name", "reference", "blocks", "head", "classes", "named", "assumed")
-        saved = {**{name: getattr(self, name) for name in names}, "input": asdict(self.input)}
+        saved = {**{name: getattr(self, name) for name in names}, "input": self.input.settings}
         save_json(folder / SETTINGS, {**saved, "fingerprint": weights, "scores": self._scores()})
         if self.reference is None or self.reference["weights"] == weights:
             (folder / WEIGHTS).unlink(missing_ok=True)
@@ -381,13 +384,15 @@ def network(
     weights: str | Path | Mapping[str, Any] = "",
     *,
     arch_args: Mapping[str, Any] | None = None,
-    classes: Sequence[str] | str | Path = (),
+    classes: Iterable[str] | Mapping[Any, Any] | str | Path = (),
     blocks: Sequence[str] = (),
     head: str = "",
-    image_size: int = 0,
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
+    image_size: int | Sequence[int] = 0,
+    mean: float | Sequence[float] | Any = (),
+    std: float | Sequence[float] | Any = (),
     fit: str = "",
+    window: Sequence[float] = (),
+    transform: Callable[[Any], Tensor] | None = None,
     seed: int = 0,
 ) -> Network:
     """A network to explain, from a name and weights; nothing is trained.
@@ -405,17 +410,27 @@ def network(
     arch_args
         Arguments of the library's class, plain data: ``{"layers": [2, 2, 2, 3]}`` of ``timm/resnet18``.
     classes, blocks, head
-        As in :class:`Network`; ``classes`` also a text file with one a line, or empty: known from the weights.
+        As in :class:`Network`; ``classes`` in any form that :func:`~kmex_utils.networks.class_names.class_names` takes,
+        or empty: known from the weights.
     image_size, mean, std, fit
+        ``image_size`` a number or (H, W), ``mean`` and ``std`` numbers, arrays or tensors, one value or one a channel.
         0 or empty: those of the library's weights for that name, else 224, ImageNet's and ``crop``. What weights from a
         file or your module were trained with is not known: :func:`kmex_utils.explain` says what it assumes.
+    window, transform
+        As in :class:`~kmex_utils.data.Input`. What is not given beside a ``transform`` is read off what it makes of a
+        black and a white image: size, mean and std.
     seed
         Of random weights.
 
     What cannot be had or does not fit is one line of ValueError, FileNotFoundError, ConnectionError or ImportError.
     """
-    given: dict[str, Any] = {"image_size": image_size, "mean": tuple(mean), "std": tuple(std), "fit": fit}
-    names, name = _class_names(classes), ""
+    given: dict[str, Any] = {"fit": fit, "window": numbers("window", window), "transform": transform}
+    given |= {"image_size": image_size, "mean": numbers("mean", mean), "std": numbers("std", std)}
+    if transform:
+        given = read_off(transform) | {key: value for key, value in given.items() if value}
+        if not ("mean" in given and "std" in given):
+            raise ValueError(f"mean and std of {name_of(transform)} cannot be read off it: give mean= and std=")
+    names, name = class_names(classes), ""
     weights = str(weights) if isinstance(weights, Path) else weights
     path = weights if isinstance(weights, str) else "the given mapping"
     assumed: tuple[str, ...] = ("image_size", "mean", "std")
@@ -429,7 +444,7 @@ def network(
     elif folder := _saved_at(model):
         if weights != "" or arch_args:
             raise ValueError(f"weights and arch_args go with a model's name; the network in {folder} has its own")
-        saved = load(folder)
+        saved = load(folder, transform=transform)
         made = Built(saved.module, saved.reference, saved.input, saved.classes if saved.named else ())
         name, assumed, blocks, head = saved.name, saved.assumed, blocks or (*saved.blocks[:-1], H), head or saved.head
     else:
@@ -440,18 +455,19 @@ def network(
             transformed = content is not None or weights == "imagenet"
             made = build(name, arch_args, imagenet=weights == "imagenet", transform_input=transformed)
         if content is not None:
+            input = _taken_in(made, given)
             state = fitting(made.module, content, path)
-            fit_head(made.module, state, head or Network(made.module, input=made.input, name=name).head, names, path)
+            fit_head(made.module, state, head or Network(made.module, input=input, name=name).head, names, path)
             load_into(made.module, state, name, path)
         else:
             assumed = ()
         _channels_last(made.module)
-    input = replace(made.input, **{key: value for key, value in given.items() if value})
+    input = _taken_in(made, given)
     names = names or made.classes
     network = Network(
         made.module, blocks=blocks, head=head, classes=names, input=input, name=name, reference=made.reference
     )
-    network.assumed = tuple(key for key in assumed if not given[key])
+    network.assumed = tuple(key for key in assumed if not given.get(key))
     return network
 
 
@@ -463,15 +479,13 @@ def _channels_last(module: nn.Module) -> nn.Module:
     return module
 
 
-def _class_names(classes: Sequence[str] | str | Path) -> tuple[str, ...]:
-    if not isinstance(classes, str | Path):
-        return tuple(classes)
-    path = Path(classes).expanduser()
-    if not str(classes):
-        return ()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: `classes` is a list of names or a text file with one a line")
-    return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+def _taken_in(made: Built, given: Mapping[str, Any]) -> Input:
+    """As given, else as the library says; a first convolution of one channel takes grey, by RGB's average."""
+    input, convolution = made.input, next((m for m in made.module.modules() if isinstance(m, nn.Conv2d)), None)
+    if convolution is not None and convolution.in_channels == 1 and input.channels == 3:
+        mean, std = ((round(sum(values) / 3, 6),) for values in (input.mean, input.std))
+        input = replace(input, channels=1, mean=mean, std=std)
+    return replace(input, **{key: value for key, value in given.items() if value})
 
 
 def _saved_at(model: str | Path) -> Path | None:
@@ -525,10 +539,13 @@ def for_training(
 # --- from a folder ------------------------------------------------------------------------------------------------
 
 
-def load(folder: str | Path, module: nn.Module | None = None) -> Network:
+def load(
+    folder: str | Path, module: nn.Module | None = None, transform: Callable[[Any], Tensor] | None = None
+) -> Network:
     """The network that :meth:`Network.save` wrote, frozen; checked by the fingerprint of its weights and by its scores.
 
-    ``module`` is your own, where it is not one of torchvision or timm. What is missing, damaged or differs is one line
+    ``module`` is your own, where it is not one of torchvision or timm, and so is ``transform``. What is missing,
+    damaged or differs is one line
     of FileNotFoundError, ValueError or ConnectionError.
     """
     folder = paths.located(folder)
@@ -538,9 +555,10 @@ def load(folder: str | Path, module: nn.Module | None = None) -> Network:
     saved = load_json(path)
     ours = module is None
     try:
+        input = Input.of(saved["input"], transform)
         module = _made_again(folder, saved) if module is None else module
         how = {name: saved[name] for name in ("head", "classes", "name", "reference")}
-        network = Network(module, blocks=[*saved["blocks"][:-1], H], input=Input(**saved["input"]), **how)
+        network = Network(module, blocks=[*saved["blocks"][:-1], H], input=input, **how)
         network.named, network.assumed = bool(saved["named"]), tuple(saved["assumed"])
         same_weights = network.fingerprint == saved["fingerprint"]
         expected = torch.tensor(saved["scores"], dtype=torch.float32)

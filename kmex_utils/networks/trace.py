@@ -263,13 +263,8 @@ class _Flow(TorchDispatchMode):
 
 def noise(input: Input, like: Tensor | None = None) -> Tensor:
     """Two images, always the same, [2, 1 or 3, H, W]."""
-    x = torch.randn(2, len(input.mean), *_size(input), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, input.channels, *input.size, generator=torch.Generator().manual_seed(0))
     return x if like is None else x.to(like)
-
-
-def _size(input: Input) -> tuple[int, int]:
-    size = input.image_size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class Trace(Pass):
@@ -288,7 +283,7 @@ class Trace(Pass):
                 f"{name} is {kind} module, whose layers cannot be watched: give the nn.Module it was made of"
             )
         super().__init__()
-        self.module, self.name, self.size = module, name, _size(input)
+        self.module, self.name, self.size = module, name, input.size
         self.x = noise(input, next(module.parameters(), None))
         self.values: list[Value] = []
         self.calls: list[Call] = []  # in the order they end

@@ -95,7 +95,7 @@ def images(name: str, chosen: Chosen) -> tuple[int, int, int, int]:
     counted = {key: chosen[key] for key in ("classes", "images_per_class", "validation") if chosen.get(key)}
     held_out = chosen.get("held_out", 0.2) if chosen.get("folder") else 0.0  # as notebook 1
     count = data.count(chosen.get("folder") or name, held_out=held_out, **counted)
-    return *count, chosen.get("image_size") or data.own_input(name).image_size
+    return *count, chosen.get("image_size") or data.own_input(name).size[0]
 
 
 def stages(name: str, chosen: Chosen, seeds: list[int], runs: Path) -> Iterator[dict[str, Any]]:

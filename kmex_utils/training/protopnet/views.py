@@ -65,7 +65,7 @@ def most_activated(
     activated = []
     for k in similarity.argsort(descending=True, stable=True)[:count].tolist():
         name, points = dataset.classes[int(network.labels[k])], (float(similarity[k]), float(weight[j, k]))
-        activation = upsampled(maps[k], dataset.input.image_size)
+        activation = upsampled(maps[k], dataset.input.size[0])
         here = _boxed(maps[k], int(maps[k].argmax()), network, dataset, box)
         index, source, source_box = prototype_source(network, dataset, k, box)
         activated.append(Activated(k, name, *points, activation, here, index, source, source_box))
@@ -106,7 +106,7 @@ def _similarities(network: TrainableProtoPNet, dataset: Dataset, pixels: np.ndar
 
 def _boxed(activation: torch.Tensor, position: int, network: TrainableProtoPNet, dataset: Dataset, box: str) -> Box:
     """The box of a patch by its position (row-major), or of the highest activation."""
-    size = dataset.input.image_size
+    size = dataset.input.size[0]
     if box == "activation":
         return activated_box(upsampled(activation, size))
     covers = network.prototypes.shape[2]
