@@ -1,10 +1,11 @@
 """Which networks fit: a sweep over torchvision and timm, with an independent check beside ours.
 
-    python benchmarks/architectures.py [NAME ...] [--csv figures/architectures.csv] [--jobs 2] [--families | --table]
+    python benchmarks/architectures.py [NAME ...] [--csv figures/architectures.csv] [--jobs 2]
+    python benchmarks/architectures.py --families --csv figures/architectures.csv
 
-Random weights, with the batch statistics of noise. ``heads.py`` decides by value from every operation what the head is and
-computes both sides of Theorem 1; ``kmex_utils`` takes the same module in. One row of the CSV a network, written as soon as it
-is done; those in it are not run again. Needs the ``timm`` and ``notebooks`` extras.
+Random weights, with the batch statistics of noise. ``heads.py`` decides by value from every operation what the head is
+and computes both sides of Theorem 1; ``kmex_utils`` takes the same module in. A network is one row of the CSV, written
+as soon as it is done; those in it are not run again. Needs the ``timm`` and ``notebooks`` extras; not for Windows.
 """
 
 import argparse
@@ -39,39 +40,47 @@ COLUMNS = (
 
 
 def chosen() -> list[str]:
-    """Every network of torchvision, and of timm some of each kind, of at most 100 M parameters.
+    """Every network of torchvision, and of timm some of each kind, of at most 100 M parameters; the smallest first.
 
     Of a family that has only larger ones, the smallest. Nothing is drawn by chance.
     """
+    import timm
     from torchvision import models
 
-    import timm
-
-    kinds = defaultdict(list)
-    for name in [*models.list_models(module=models), *(f"timm/{name}" for name in timm.list_models())]:
+    kinds: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)  # by family and head
+    for name in models.list_models(module=models):
+        size = models.get_model_weights(name).DEFAULT.meta["num_params"]
+        kinds[models.get_model_builder(name).__module__, name].append((size, name))
+    for name in timm.list_models():
         with torch.device("meta"):
-            module, _ = build(name)
-        if not getattr(module, "num_classes", 1):
-            continue  # no classifier
-        head = getattr(module, "pretrained_cfg", {}).get("classifier") or ()
-        parents = [h.rpartition(".")[0] for h in ([head] if isinstance(head, str) else head)]
-        heads = {type(module.get_submodule(parent)).__name__ for parent in parents}
-        kind = name if not is_timm(name) else f"{heads} {getattr(module, 'global_pool', '')}"
-        kinds[is_timm(name), family(module), kind].append((parameters(module), name))
-    smallest: dict[Any, float] = {}
-    for key, sizes in kinds.items():
-        smallest[key[:2]] = min(smallest.get(key[:2], float("inf")), min(sizes)[0])
-    names = []
-    for key, sizes in kinds.items():
-        fits = sorted(size for size in sizes if size[0] <= max(LARGEST, smallest[key[:2]]))
-        spread = sorted({round(i * (len(fits) - 1) / (OF_A_KIND - 1)) for i in range(OF_A_KIND)}) if fits else []
-        names += [fits[i][1] for i in spread]
-    return names
+            module = timm.create_model(name)
+        if module.num_classes:
+            last = module.pretrained_cfg["classifier"]
+            parents = [head.rpartition(".")[0] for head in ([last] if isinstance(last, str) else last)]
+            heads = [type(module.get_submodule(parent)).__name__ for parent in parents]
+            kinds[type(module).__module__, f"{heads} {getattr(module, 'global_pool', '')}"].append(
+                (sum(p.numel() for p in module.parameters()), f"timm/{name}")
+            )
+    smallest = {of: min(min(sizes) for (other, _), sizes in kinds.items() if other == of) for of, _ in kinds}
+    sizes_and_names = []
+    for (of, _), sizes in kinds.items():
+        fit = sorted(size for size in sizes if size[0] <= LARGEST or size == smallest[of])
+        spread = {round(i * (len(fit) - 1) / (OF_A_KIND - 1)) for i in range(OF_A_KIND)} if fit else set()
+        sizes_and_names += [fit[i] for i in spread]
+    return [name for _, name in sorted(sizes_and_names)]
 
 
 def is_timm(name: str) -> bool:
     """Whether a name is of timm."""
     return name.startswith("timm/")
+
+
+def is_known(name: str) -> bool:
+    """Whether a library has a network of this name."""
+    import timm
+    from torchvision import models
+
+    return timm.is_model(name.removeprefix("timm/")) if is_timm(name) else name in models.list_models(module=models)
 
 
 def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -89,16 +98,6 @@ def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
         return models.get_model(name, weights=None).eval(), (3, size, size)
 
 
-def family(module: nn.Module) -> str:
-    """The file that defines a module."""
-    return type(module).__module__.rpartition(".")[2]
-
-
-def parameters(module: nn.Module) -> int:
-    """How many."""
-    return sum(p.numel() for p in module.parameters())
-
-
 def row(name: str, seed: int = 0) -> dict[str, Any]:
     """A row of the table: the independent check and ours, on the same weights and images."""
     torch.manual_seed(seed)
@@ -110,8 +109,8 @@ def row(name: str, seed: int = 0) -> dict[str, Any]:
     return {
         "library": "timm" if is_timm(name) else "torchvision",
         "network": name,
-        "family": family(module),
-        "million parameters": round(parameters(module) / 1e6, 1),
+        "family": type(module).__module__.rpartition(".")[2],
+        "million parameters": round(sum(p.numel() for p in module.parameters()) / 1e6, 1),
         "image size": f"{height} x {width}",
         "head kind": head.kind,
         "pooled-linear": "yes" if head.pooled_linear else "no",
@@ -154,9 +153,7 @@ def form_of(watched: Network) -> str:
 
 def same(h: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two maps [N, D, P] agree, in whichever order their positions are."""
-    return h.shape == other.shape and bool(
-        (h.sort(2)[0] - other.sort(2)[0]).abs().max() <= SAME * other.abs().max()
-    )
+    return h.shape == other.shape and bool((h.sort(2)[0] - other.sort(2)[0]).abs().max() <= SAME * other.abs().max())
 
 
 def scientific(number: float | None) -> str:
@@ -164,30 +161,31 @@ def scientific(number: float | None) -> str:
     return "" if number is None else f"{number:.0e}"
 
 
-def child(name: str, to: Any) -> None:
+def child(name: str, memory: int, to: Any) -> None:
     """In a process of its own: send the row of a network, or what went wrong."""
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     warnings.simplefilter("ignore")
     try:
         to.send(row(name))
     except Exception as error:  # whatever a foreign network raises
-        to.send(failed(name, f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"))
+        to.send(failed(name, f"does not run: {type(error).__name__}: {(str(error) or '-').splitlines()[0]}"))
 
 
 def failed(name: str, why: str) -> dict[str, Any]:
     """The row of a network that could not be looked at."""
-    return {"library": "timm" if is_timm(name) else "torchvision", "network": name, "head kind": "?", "why not": why}
+    library = "timm" if is_timm(name) else "torchvision"
+    return {"library": library, "network": name, "head kind": "not known", "why not": why}
 
 
-def isolated(context: Any, name: str) -> dict[str, Any]:
+def isolated(context: Any, name: str, seconds: float = SECONDS, memory: int = BYTES) -> dict[str, Any]:
     """The row of a network, from a process that may take its time and memory, hang or die."""
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(name, send), daemon=True)
+    process = context.Process(target=child, args=(name, memory, send), daemon=True)
     process.start()
     send.close()
     try:
-        return receive.recv() if receive.poll(SECONDS) else failed(name, f"timeout: more than {SECONDS} s")
+        return receive.recv() if receive.poll(seconds) else failed(name, f"timeout: more than {seconds} s")
     except EOFError:
         process.join()
         return failed(name, f"does not run: its process ended with {process.exitcode}")
@@ -225,8 +223,8 @@ def disagrees(networks: pd.DataFrame) -> pd.Series:
     number = networks.apply(partial(pd.to_numeric, errors="coerce"))
     linear, holds = networks["form"] == "linear", networks["pooled-linear"] == "yes"
     formed = networks["form"].isin(["linear", "scaled", "gated"])
-    wrong = formed & ((number["y differs by"] > SAME) | (number["residual"] > SAME))
-    return (linear & ~holds) | (holds & ~linear) | wrong
+    right = (number["y differs by"] <= SAME) & (number["residual"] <= SAME)
+    return (linear != holds) | (formed & ~right)
 
 
 def families(networks: pd.DataFrame) -> pd.DataFrame:
@@ -251,21 +249,26 @@ def families(networks: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> int:
-    """Run the sweep and print a table of it."""
+    """Run the sweep, or read its file, and print a table of it."""
     parser = argparse.ArgumentParser(description="Networks: an independent check of what fits, and ours.")
     parser.add_argument("names", nargs="*", help="torchvision's, or timm/<name>; none: some of every kind")
     parser.add_argument("--csv", type=Path, help="write the rows to this file; those in it are not run again")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time, a core each")
-    parser.add_argument("--families", action="store_true", help="print a row a family")
+    parser.add_argument("--families", action="store_true", help="run nothing: print a row a family from the CSV")
     options = parser.parse_args()
-    networks = sweep(options.names or chosen(), options.csv, options.jobs)
+    if options.families and not (options.csv and options.csv.is_file()):
+        parser.error("--families reads the file that a sweep wrote: give --csv FILE")
+    if unknown := [name for name in options.names if not is_known(name)]:
+        parser.error(f"neither torchvision nor timm has {unknown[0]!r}: give torchvision's name, or timm/<name>")
     if options.families:
+        networks = read(options.csv)
         table = families(networks)
     else:
-        table = networks[["network", "head kind", "blocks end at", "form", "residual", "why not"]]
+        networks = sweep(options.names or chosen(), options.csv, options.jobs)
+        table = networks[["network", "blocks end at", "head kind", "form", "residual", "why not"]]
     print(table.to_markdown(index=False, disable_numparse=True))
     wrong = networks.loc[disagrees(networks), "network"]
-    print(f"\n{len(networks)} networks, {len(wrong)} disagree: {', '.join(wrong)}")
+    print(f"\n{len(networks)} networks, ours and the independent check disagree on {len(wrong)}: {', '.join(wrong)}")
     return 0
 
 

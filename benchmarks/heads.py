@@ -4,6 +4,7 @@ y is what the module returns. The head is the linear map whose output is y. The 
 head's input is the mean over positions of a tensor h that was there before it, whatever code makes it.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -98,8 +99,9 @@ class Operation:
     linear: tuple[Tensor, Tensor] | None = None  # weight [C, D] and bias [C]
 
     @property
-    def positions(self) -> int:
-        return torch.Size(self.shape[1:]).numel()
+    def size(self) -> int:
+        """How many numbers of an image."""
+        return math.prod(self.shape[1:])
 
 
 class Operations(TorchDispatchMode):
@@ -165,18 +167,20 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 def affine(m: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Least squares a [D], d [D] of z = a m + d, and the fit [N, D]: more images than unknowns."""
+    m, z = m.double(), z.double()
     centred = m - m.mean(0)
     a = (centred * z).sum(0) / centred.square().sum(0).clamp_min(1e-30)
     d = z.mean(0) - a * m.mean(0)
     return a, d, a * m + d
 
 
-def factors(m: Tensor) -> Iterator[tuple[bool, Tensor]]:
-    """One positive factor an image [N], as norms over channels have it: with the mean taken off, or not."""
+def normed(m: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """What norms over channels make of m [N, D], a positive factor an image [N], and whether the mean is taken off."""
     for centred in (True, False):
-        x = m - m.mean(1, keepdim=True) if centred else m
+        x = m.double() - m.double().mean(1, keepdim=True) * centred
         for eps in (1e-6, 1e-5, 0.0):
-            yield centred, (x.square().mean(1) + eps).rsqrt()
+            s = (x.square().mean(1) + eps).rsqrt()
+            yield s[:, None] * x, s, centred
 
 
 class Run:
@@ -227,7 +231,7 @@ class Run:
     def averaged(self, z: Tensor) -> tuple[int, int] | None:
         """The tensor whose mean over positions is z: of several the finest, of these the last."""
         fits = [(k, axis) for k, axis in self.pooled(z) if equal(self.list[k].means[axis], z)]
-        return max(fits, key=lambda fit: (self.list[fit[0]].positions, fit[0]), default=None)
+        return max(fits, key=lambda fit: (self.list[fit[0]].size, fit[0]), default=None)
 
     def ends(self, k: int) -> set[int]:
         """The operations on the way to vector k where several positions become one."""
@@ -247,7 +251,7 @@ class Run:
     def why(self, k: int) -> tuple[tuple[int, int] | None, str]:
         """What the vector k is made of: the one tensor averaged, or what else is taken of which tensor, in words."""
         averaged, words = set(), []
-        for i in sorted(self.ends(k)):
+        for i in sorted(self.ends(k), reverse=True):
             vector = self.list[i].vector
             found = None if vector is None else self.averaged(vector)
             if found:
@@ -269,47 +273,51 @@ def head_of(module: nn.Module, x: Tensor) -> Head:
 
 
 def find(run: Run) -> Head:
+    """The head of a run: the linear map, or two, that make y; what makes it without one."""
     y = run.y
     if (y - y.mean(0)).abs().max() <= 1e-4 * y.abs().max():
         return Head(NOT, y, "scores do not depend on the image")
     maps = [k for k, op in enumerate(run.list) if op.linear and op.vector is not None and op.vector.shape == y.shape]
     for k in reversed(maps):
-        if equal(run.list[k].vector, y):
-            return through(run, [k])
-    for pair in reversed(list(combinations(maps[-8:], 2))):
-        if equal((run.list[pair[0]].vector + run.list[pair[1]].vector) / 2, y):
-            return through(run, list(pair))
-    found = run.averaged(y)
-    if found:
+        if is_shifted(run.list[k].vector, y):
+            return one(run, k, y - run.list[k].vector)
+    for k, other in reversed(list(combinations(maps[-8:], 2))):
+        shift = y - (run.list[k].vector + run.list[other].vector) / 2
+        if is_shifted(y - shift, y):
+            return averaged(y, one(run, k, shift), one(run, other, shift))
+    if found := run.averaged(y):
         k = found[0]
-        while run.list[k].name in VIEWS:
-            k = run.list[k].inputs[0]
+        while run.list[k].name in (*VIEWS, "add"):
+            k = run.input(k)
         if run.list[k].linear:
-            (c, b), x = run.list[k].linear, run.tensor(run.input(k))
+            c, x = run.list[k].linear[0], run.tensor(run.input(k))
             h = x.flatten(2) if run.list[k].name == "convolution" else x.reshape(len(y), -1, x.shape[-1]).mT
-            return Head(POOLED_LINEAR[3], y, h=h, c=c, b=b)
+            shift = y - h.mean(2) @ c.T
+            if is_shifted(y - shift, y):
+                return Head(POOLED_LINEAR[3], y, h=h, c=c, b=shift.mean(0))
         return Head(CLASS_MAPS, y, h=run.h(*found))
     return Head(NOT, y, "no linear map makes the scores")
 
 
-def through(run: Run, heads: list[int]) -> Head:
-    """What the inputs of linear maps are whose average is y."""
-    y, two = run.y, len(heads) == 2
-    parts = []
-    for k in heads:
-        part = one(run, k)
-        if not two or not part.pooled_linear:
-            return part
-        parts.append(part)
-    if not torch.equal(parts[0].h, parts[1].h):
+def is_shifted(scores: Tensor, y: Tensor) -> bool:
+    """Whether scores are y [N, C] up to a bias that is added elsewhere."""
+    return equal(scores - scores.mean(0), y - y.mean(0))
+
+
+def averaged(y: Tensor, first: Head, second: Head) -> Head:
+    """Two heads whose average is y."""
+    for head in (first, second):
+        if not head.pooled_linear:
+            return head
+    if not torch.equal(first.h, second.h):
         return Head(NOT, y, "two heads of two tensors")
-    c, b = ((p + q) / 2 for p, q in ((parts[0].c, parts[1].c), (parts[0].b, parts[1].b)))
-    return Head(POOLED_LINEAR[2], y, h=parts[0].h, c=c, b=b)
+    return Head(POOLED_LINEAR[2], y, h=first.h, c=(first.c + second.c) / 2, b=(first.b + second.b) / 2)
 
 
-def one(run: Run, k: int) -> Head:
-    """What the input of linear map k is; its output need not be y."""
+def one(run: Run, k: int, shift: Tensor) -> Head:
+    """What the input of linear map k is; ``shift`` [N, C] is added to its output elsewhere."""
     y, (w, b), source = run.y, run.list[k].linear, run.input(k)
+    b = b + shift.mean(0)
     z = run.list[source].vector
     if z is None:
         return Head(NOT, y, f"the head's input is {list(run.list[source].shape)}")
@@ -319,15 +327,13 @@ def one(run: Run, k: int) -> Head:
     for at, axis in candidates:
         a, d, fit = affine(run.list[at].means[axis], z)
         if equal(fit, z):
-            return Head(POOLED_LINEAR[1], y, h=run.h(at, axis), c=w * a, b=b + w @ d)
+            summed = equal(fit, a.mean() * run.list[at].means[axis])  # or weighted alike
+            return Head(POOLED_LINEAR[0 if summed else 1], y, h=run.h(at, axis), c=w * a, b=b + w.double() @ d)
     for at, axis in candidates:
-        m = run.list[at].means[axis]
-        for centred, s in factors(m):
-            normed = s[:, None] * (m - m.mean(1, keepdim=True) if centred else m)
-            a, d, fit = affine(normed, z)
-            if equal(fit, z):
-                c = w * a
-                c = c - c.mean(1, keepdim=True) if centred else c
-                return Head(NORM, y, h=run.h(at, axis), c=c, b=b + w @ d, s=s)
+        fits = [(*affine(x, z), s, centred) for x, s, centred in normed(run.list[at].means[axis])]
+        a, d, fit, s, centred = min(fits, key=lambda fit: float((fit[2] - z).abs().max()))
+        if equal(fit, z):
+            c = w * a
+            return Head(NORM, y, h=run.h(at, axis), c=c - c.mean(1, keepdim=True) * centred, b=b + w.double() @ d, s=s)
     found, words = run.why(source)
     return Head(MLP, y, h=run.h(*found)) if found else Head(NOT, y, words)
