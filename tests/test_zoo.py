@@ -234,6 +234,7 @@ def test_where_ours_and_the_check_disagree():
         {**right, "pooled-linear": "no"},
         {**right, "form": "refused"},
         {**right, "form": "scaled"},
+        {**refused, "form": "fails"},
         {**right, "y differs by": "1e+00"},
         {**scaled, "residual": "1e-02"},
         {**scaled, "residual": "nan"},
