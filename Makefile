@@ -26,8 +26,8 @@ test: .venv/.complete ## everything: as check, with notebooks, workflow and brow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 zoo: .venv/.complete ## which of some 340 networks of torchvision and timm fit, checked independently; resumes where it stopped
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --csv figures/architectures.csv --jobs 2
-	$(BIN)/python benchmarks/architectures.py --csv figures/architectures.csv --families
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --csv runs/architectures.csv --jobs 2
+	$(BIN)/python benchmarks/architectures.py --csv runs/architectures.csv --families
 
 lab: .venv/.complete ## step through the notebooks
 	$(BIN)/jupyter lab notebooks

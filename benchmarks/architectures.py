@@ -1,7 +1,7 @@
 """Which networks fit: a sweep over torchvision and timm, with an independent check beside ours.
 
-    python benchmarks/architectures.py [NAME ...] [--csv figures/architectures.csv] [--jobs 2]
-    python benchmarks/architectures.py --families --csv figures/architectures.csv
+    python benchmarks/architectures.py [NAME ...] [--csv runs/architectures.csv] [--jobs 2]
+    python benchmarks/architectures.py --families --csv runs/architectures.csv
 
 Random weights, with the batch statistics of noise. ``heads.py`` decides by value from every operation what the head is
 and computes both sides of Theorem 1; ``kmex_utils`` takes the same module in. A network is one row of the CSV, written
@@ -171,9 +171,10 @@ def child(name: str, memory: int, to: Any) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     warnings.simplefilter("ignore")
     try:
-        to.send(row(name))
+        result = row(name)
     except Exception as error:  # whatever a foreign network raises
-        to.send(failed(name, f"does not run: {in_words(error)}"))
+        result = failed(name, f"does not run: {in_words(error)}")
+    to.send(result)
 
 
 def in_words(error: Exception) -> str:
@@ -203,9 +204,8 @@ def isolated(context: Any, name: str, seconds: float = SECONDS, memory: int = BY
         process.join()
 
 
-def sweep(names: list[str], csv: Path | None, jobs: int) -> pd.DataFrame:
-    """The table of these networks; rows that the CSV has are taken from it."""
-    done = read(csv) if csv and csv.is_file() else pd.DataFrame(columns=COLUMNS)
+def sweep(names: list[str], done: pd.DataFrame, csv: Path | None, jobs: int) -> pd.DataFrame:
+    """The table of these networks, also written to the CSV with what was done before; no row is made again."""
     todo = [name for name in names if name not in set(done["network"])]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kmex_utils", "timm", "torchvision"])
@@ -223,7 +223,10 @@ def sweep(names: list[str], csv: Path | None, jobs: int) -> pd.DataFrame:
 
 
 def read(csv: Path) -> pd.DataFrame:
-    """The table as it was written, words alone."""
+    """The table as it was written, words alone; a ValueError where it is another."""
+    with csv.open() as file:
+        if file.readline().strip() != ",".join(COLUMNS):
+            raise ValueError(f"{csv} is no table of this sweep: give another --csv, or delete it")
     return pd.read_csv(csv, dtype=str, keep_default_na=False)
 
 
@@ -269,11 +272,15 @@ def main() -> int:
         parser.error("--families reads the file that a sweep wrote: give --csv FILE")
     if unknown := [name for name in options.names if not is_known(name)]:
         parser.error(f"neither torchvision nor timm has {unknown[0]!r}: give torchvision's name, or timm/<name>")
+    try:
+        done = read(options.csv) if options.csv and options.csv.is_file() else pd.DataFrame(columns=COLUMNS)
+    except ValueError as error:
+        parser.error(str(error))
     if options.families:
-        networks = read(options.csv)
+        networks = done
         table = families(networks)
     else:
-        networks = sweep(options.names or chosen(), options.csv, options.jobs)
+        networks = sweep(options.names or chosen(), done, options.csv, options.jobs)
         table = networks[["network", "blocks end at", "head kind", "form", "residual", "why not"]]
     print(table.to_markdown(index=False, disable_numparse=True))
     wrong = networks.loc[disagrees(networks), "network"]

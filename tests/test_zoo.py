@@ -303,9 +303,13 @@ def test_a_network_beyond_its_limits_ends_no_sweep(limits, why):
     [
         (["resnet19"], "neither torchvision nor timm has 'resnet19': give torchvision's name, or timm/<name>"),
         (["timm/resnet19"], "neither torchvision nor timm has 'timm/resnet19'"),
+        (
+            ["resnet18", "--csv", paths.ROOT / "pyproject.toml"],
+            "pyproject.toml is no table of this sweep: give another",
+        ),
         (["--families"], "--families reads the file that a sweep wrote: give --csv FILE"),
     ],
-    ids=["torchvision", "timm", "families"],
+    ids=["torchvision", "timm", "another file", "families"],
 )
 def test_bad_input_is_one_line(arguments, error):
     done = sweep(*arguments)
