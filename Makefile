@@ -4,7 +4,7 @@ PYTHON ?= python3
 CORES ?= all
 BIN := .venv/bin
 
-.PHONY: reproduce paper check test lab clean
+.PHONY: reproduce paper check test zoo lab clean
 
 reproduce: .venv/.complete ## every notebook on the embedded digits: tables, figures, executed notebooks, HTML
 	$(BIN)/kmex batch config/quick.yaml --cores $(CORES)
@@ -24,6 +24,10 @@ test: .venv/.complete ## everything: as check, with notebooks, workflow and brow
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+zoo: .venv/.complete ## which of some 340 networks of torchvision and timm fit, checked independently; resumes where it stopped
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --csv runs/architectures.csv --jobs 2
+	$(BIN)/python benchmarks/architectures.py --csv runs/architectures.csv --families
 
 lab: .venv/.complete ## step through the notebooks
 	$(BIN)/jupyter lab notebooks

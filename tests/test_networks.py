@@ -19,7 +19,7 @@ from kmex_utils.method.explainers import CNNAsSEM
 from kmex_utils.networks import Network, for_training, load, network, theorem1_residual
 
 sys.path.insert(0, str(paths.ROOT / "benchmarks"))
-from architectures import settle, summary
+from heads import settle
 
 torchvision_blocks = {
     "resnet18": ["layer1", "layer2", "layer3", "layer4"],
@@ -678,9 +678,3 @@ def test_damaged_folders_are_one_line(trained, folder, tmp_path):
 
 def test_the_package_hands_it_out():
     assert kmex.network is network and kmex.Network is Network
-
-
-def test_a_row_of_the_table():
-    """benchmarks/architectures.py"""
-    row = summary("shufflenet_v2_x0_5")
-    assert float(row["Theorem 1 residual"]) < 1e-5 and row["head"] == "fc (bias)"
