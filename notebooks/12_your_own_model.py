@@ -60,8 +60,8 @@ settings = parameters.check(globals())
 # %% [markdown]
 # ## The network
 #
-# It is run once on noise and watched: the head is the last linear layer, $h$ what the last average pool before it
-# averages, and the blocks $x^{(1)}, x^{(2)}, \dots$ are the last outputs at each resolution on the way there.
+# It is run once on noise and watched: $y$ are the scores it returns, $h$ the maps whose average
+# they are made of, and the blocks $x^{(1)}, x^{(2)}, \dots$ are the last outputs at each resolution on the way there.
 
 # %%
 import pandas as pd
