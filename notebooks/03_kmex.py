@@ -51,7 +51,7 @@ print(f"{len(z):,} embeddings of {z.shape[1]} dimensions; K/C = {choices}")
 # before anything is computed.
 
 # %%
-from kmex_utils.method.explainers import fit_kmex
+from kmex_utils.method.kmex import fit_kmex
 from kmex_utils.method.prototypes import check_enough
 
 members = [(labels == c).nonzero().flatten() for c in range(len(images.classes))]

@@ -157,7 +157,7 @@ figures.protopnet_curve(history)
 # the KMEx paper).
 
 # %%
-from kmex_utils.method.explainers import fit_kmex
+from kmex_utils.method.kmex import fit_kmex
 from kmex_utils.method.measures import accuracy
 
 predicted, h = {}, {}

@@ -16,7 +16,7 @@ import kmex_utils as kmex
 from kmex_utils.explanation.passed import Passed
 from kmex_utils.method.attribution import attribution, carried
 from kmex_utils.method.composite import Normalisation
-from kmex_utils.method.explainers import fit_kmex
+from kmex_utils.method.kmex import fit_kmex
 from kmex_utils.method.measures import accuracy
 from kmex_utils.paper import ledger as open_choices
 from kmex_utils.paper.runs import Run

@@ -10,7 +10,8 @@ import torch
 
 from ..data import Dataset
 from ..method.composite import Normalisation
-from ..method.explainers import EncoderKMeans, KMEx, avg_pool, block_name, fit_kmex
+from ..method.explainers import EncoderKMeans, KMEx, avg_pool, block_name
+from ..method.kmex import fit_kmex
 from ..method.measures import accuracy
 from ..method.operator import CompositeRows
 from ..method.products import double_device

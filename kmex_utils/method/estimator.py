@@ -5,7 +5,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from .explainers import fit_kmex
+from .kmex import fit_kmex
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin

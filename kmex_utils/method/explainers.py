@@ -15,16 +15,17 @@ instance                    h                          sim                    pr
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from . import products
 from .composite import Normalisation
-from .kmeans import DenseRows
 from .operator import CompositeRows
-from .prototypes import Prototypes, classwise
+
+if TYPE_CHECKING:
+    from .prototypes import Prototypes
 
 
 def avg_pool(h: torch.Tensor) -> torch.Tensor:
@@ -86,7 +87,7 @@ class KMEx(Explainer):
     themselves: the argmax of exp(-d) is that of -d.
     """
 
-    prototypes: Prototypes
+    prototypes: "Prototypes"
     classes: int
 
     def h(self, activations: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -120,18 +121,6 @@ class KMEx(Explainer):
         return F.one_hot(labels[similarity.argmax(1)], self.classes).to(similarity)
 
 
-def fit_kmex(
-    z: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], prototypes_per_class: int, **options: Any
-) -> KMEx:
-    """KMEx from embeddings z [N, D] and labels [N] (section 3.2); ``options``: ``seed`` and ``restarts`` of k-means."""
-
-    def rows_of(index: torch.Tensor) -> DenseRows:
-        return DenseRows(z[index])
-
-    name = f"KMEx, K/C = {prototypes_per_class}"
-    return KMEx(classwise(rows_of, labels, classes, prototypes_per_class, progress=name, **options), len(classes))
-
-
 @dataclass(eq=False)
 class EncoderKMeans(Explainer):
     """The encoder explained from block b to the last (section 3.3): B4, B34, B234, B1234.
@@ -139,7 +128,7 @@ class EncoderKMeans(Explainer):
     ``start_block`` b counts from 1. sim is one-hot, so it is kept as the index of its one: the explanation map.
     """
 
-    prototypes: Prototypes
+    prototypes: "Prototypes"
     classes: int
     start_block: int
     normalisation: Normalisation
