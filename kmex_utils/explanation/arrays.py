@@ -89,7 +89,7 @@ def explain_func(
     if model is not network and model is not network.module:
         made_of = f"the prototypes are of {network.name}, the model given is another"
         raise ValueError(f"{made_of}: explain() it, and give the explain_func of that")
-    x = torch.as_tensor(inputs, dtype=torch.float32, device=network.classifier.weight.device)
+    x = torch.as_tensor(inputs, dtype=torch.float32, device=next(network.parameters()).device)
     return attribute(explained, x, targets, **options)[:, None]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .trace import Layout, Pass, Tap, Trace, Value, equal, tensors
+from .trace import QUIET, Call, Layout, Pass, Tap, Trace, Value, equal
 
 _GATES = {"relu", "relu_", "relu6", "gelu", "silu", "silu_", "hardswish", "mish", "elu", "elu_", "selu", "celu"}
 _GATES |= {"leaky_relu", "leaky_relu_", "prelu", "tanh", "hardtanh", "sigmoid", "hardsigmoid", "softplus"}
@@ -122,6 +122,15 @@ class Tail(Pass):
 
     # after the pass
 
+    def fixed(self, affine: "Affine") -> Tensor:
+        """s(x) (z · c_j + b_j) + t_j, [N, C]."""
+        c, b, t = affine
+        return self.scale[:, None] * (self.z @ c.T + b) + t
+
+    def own_columns(self, z: Tensor) -> Tensor:
+        """Scores of other z [N, D] by the columns of this pass, [N, C]."""
+        return self.y.detach() + torch.einsum("cnd,nd->nc", self.columns(), z - self.z)
+
     @property
     def z(self) -> Tensor:
         """avg.pool(h), [N, D]."""
@@ -147,6 +156,36 @@ class Tail(Pass):
         return torch.autograd.grad(self.y.gather(1, j[:, None]).sum(), self.delta)[0]
 
 
+Change = Callable[[Tensor], Tensor]
+Affine = tuple[Tensor, Tensor, Tensor]  # c [C, D], b [C] and t [C]
+
+
+def same(h: Tensor) -> Tensor:
+    """The network's own h."""
+    return h
+
+
+def another(h: Tensor) -> Tensor:
+    """Maps of the same shape and of no image: each a random mixture of those there are, of size 1, 2 …"""
+    generator = torch.Generator().manual_seed(1)
+    h = h.flip(0) * (0.5 + torch.rand(h.shape, generator=generator)).to(h)
+    size = torch.arange(1, len(h) + 1).to(h)[:, None, None, None]
+    return size * h / h.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
+
+
+def _run(
+    module: nn.Module,
+    x: Tensor,
+    h: tuple[Tap, Layout],
+    y: Tap,
+    change: Change,
+    factors: Sequence[Tensor] | None = None,
+) -> Tail:
+    tail = Tail(h, y, change, factors)
+    tail.run(module, x)
+    return tail
+
+
 def _arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
     given = dict(zip(names, args[1:], strict=False)) | kwargs
     return [given.get(name) for name in names]
@@ -154,43 +193,125 @@ def _arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]
 
 @dataclass(frozen=True)
 class Head:
-    """h, y and what lies between: see the module's table. ``module`` is the layer whose weight is c, or empty."""
+    """h, the scores y, and what lies between.
+
+    Attributes
+    ----------
+    h, y
+        Where they are read; ``h`` with its layout.
+    form, between
+        See the module's table; empty, and why there is none.
+    layer, name
+        The linear layer whose weights are c, empty if there is none; the module that gives y.
+    activation, note
+        What the network makes of y, of ``ACTIVATIONS``; what is to be said about it.
+    time, cuts
+        When h is averaged; the calls that every path to it goes through.
+    """
 
     h: tuple[Tap, Layout]
     y: Tap
     form: str
-    module: str
-    time: int  # of the pool
+    between: str
+    layer: str
+    name: str
+    activation: str
+    note: str
+    time: int
+    cuts: frozenset[int]
 
-    def affine(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c [C, D], b [C] and t [C] of the forms with fixed columns."""
-        as_it_is = Tail(self.h, self.y, lambda h: h)
-        as_it_is.run(module, x)
-        columns = as_it_is.columns()[:, 0]
-        scale = as_it_is.scale[0]
-        c = columns / scale
-        if self.form == "linear":
-            b = (as_it_is.y - as_it_is.z @ c.T).detach()[0]
-            return c, b, torch.zeros_like(b)
-        held = as_it_is.factors
-        nothing, no_scale = (
-            Tail(self.h, self.y, torch.zeros_like, factors) for factors in (held, [0 * factor for factor in held])
-        )
-        nothing.run(module, x)
-        no_scale.run(module, x)
-        t = no_scale.y.detach()[0]
-        return c, (nothing.y.detach()[0] - t) / scale, t
+    def tail(self, module: nn.Module, x: Tensor, change: Change, factors: Sequence[Tensor] | None = None) -> Tail:
+        """A pass from another h on."""
+        return _run(module, x, self.h, self.y, change, factors)
+
+    def affine(self, module: nn.Module, x: Tensor) -> Affine:
+        """c, b and t of the forms with fixed columns."""
+        return _affine(self.tail, module, x)
+
+    def residual(self, module: nn.Module, x: Tensor, affine: Affine | None) -> float:
+        """The largest difference between y and its form, relative to the largest score.
+
+        Gated: y from maps of no image, with the gates of x, against the columns of x.
+        """
+        own = self.tail(module, x, same)
+        y = own.y.detach()
+        if affine:
+            ours = own.fixed(affine)
+        else:
+            other = self.tail(module, x, another, own.factors)
+            y, ours = other.y.detach(), own.own_columns(other.z)
+        return float((y - ours).abs().max() / y.abs().max().clamp_min(torch.finfo(y.dtype).tiny))
 
 
-def another(h: Tensor) -> Tensor:
-    """Maps of the same shape and of no image: each a random mixture of those there are, of size one."""
-    generator = torch.Generator().manual_seed(1)
-    h = h.flip(0) * (0.5 + torch.rand(h.shape, generator=generator)).to(h)
-    return (
-        h
-        / h.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
-        * torch.arange(1, len(h) + 1).to(h)[:, None, None, None]
-    )
+def head_of(trace: Trace, name: str = "") -> Head:
+    """The head of the scores that a network returns, or of those that a module of this name gives.
+
+    A ValueError where that is not clear, or where the scores come from no feature maps.
+    """
+    returned = [(path, value) for path, value in trace.returned if value and value.vector is not None]
+    behind = [(path, kind, y) for path, value in returned for kind, y in _behind(trace, value)]
+    note = ""
+    if name:
+        y = _given(trace, name)
+        kinds = [kind for _, kind, other in behind if equal(other.means[0], y.means[0])]
+        note = "" if kinds else f"what its head {name!r} gives is explained, {trace.name} returns something else"
+        candidates = [(kinds[0] if kinds else "", y)]
+    elif returned:
+        candidates = [(kind, y) for _, kind, y in behind]
+    else:
+        raise ValueError(f"{trace.name} returns no scores [N, C]: wrap it in a module that does")
+    found = [(kind, y, _pooled(trace, y)) for kind, y in candidates]
+    fit = [candidate for candidate in found if candidate[2]]  # what is no scores, as features beside them, has no head
+    if len(returned) > 1 and not name and len(fit) != 1:
+        places = ", ".join(f"output{path} ({y.means[0].shape[1]} values)" for path, _, y in behind)
+        which = f"say by head= which is explained, {_linear(trace)}"
+        raise ValueError(f"{trace.name} returns several: {places}; {which}")
+    kind, y, pooled = (fit or found)[0]
+    if y.means[0].shape[1] == 1:
+        note = note or "one score, whose sign decides between two classes: classes=[negative, positive] names them"
+    between = "" if pooled else _why(trace, y)
+    h, value, form, layer, time = pooled or _last_maps(trace, y, between)
+    known = name or layer or trace.module_of(y)
+    return Head(h, _tap(y), form, between, layer, known, kind, note, time, value.cuts)
+
+
+# --- y --------------------------------------------------------------------------------------------------------------
+
+
+def _given(trace: Trace, name: str) -> Value:
+    """What a module gave last."""
+    try:
+        trace.module.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{trace.name} has no head {name!r}; {_linear(trace)}") from None
+    at = [v for v in trace.values if any(t.source == name and not t.taken for t in v.taps)]
+    if not at or at[-1].vector is None:
+        what = "gives no scores [N, C]" if at else "is never called"
+        raise ValueError(f"the head {name!r} of {trace.name} {what}; {_linear(trace)}")
+    return at[-1]
+
+
+def _behind(trace: Trace, value: Value) -> list[tuple[str, Value]]:
+    """What may be the scores behind something returned, with what makes it of them."""
+    out = value.means[0]
+    kinds = []
+    if bool((out >= 0).all() and (out <= 1 + 1e-6).all()):
+        kinds = ["softmax"] if out.shape[1] > 1 and equal(out.sum(1), torch.ones_like(out[:, 0]), 1e-3) else ["sigmoid"]
+    elif out.shape[1] > 1 and bool((out.exp().sum(1) - 1).abs().max() < 1e-3):
+        kinds = ["log_softmax"]
+    before = [v for v in trace.vectors(value.time) if v is not value and v.means[0].shape == out.shape]
+    behind = [(kind, v) for kind in kinds for v in before if equal(ACTIVATIONS[kind](v.means[0]), out, value.close)]
+    return behind[:2] or [("", value)]
+
+
+def _linear(trace: Trace) -> str:
+    linear = [call.name for call in trace.calls if issubclass(trace.kind(call), nn.Linear)]
+    return f"its linear layers: {', '.join(dict.fromkeys(linear[-5:])) or 'none'}"
+
+
+# --- h, by value ----------------------------------------------------------------------------------------------------
+
+Pooled = tuple[tuple[Tap, Layout], Value, str, str, int]  # h, its value, form, layer, the time of the pool
 
 
 def _tap(value: Value) -> Tap:
@@ -198,128 +319,106 @@ def _tap(value: Value) -> Tap:
     return next((t for t in reversed(value.taps) if isinstance(t.source, str)), value.taps[0])
 
 
-def scores(trace: Trace, value: Value) -> list[tuple[str, Value]]:
-    """What may be the scores y behind something returned, with what makes it of them: ``ACTIVATIONS``."""
-    out = value.means[0]
-    kinds = []
-    if bool((out >= 0).all() and (out <= 1 + 1e-6).all()):
-        kinds = ["softmax"] if out.shape[1] > 1 and equal(out.sum(1), torch.ones_like(out[:, 0]), 1e-3) else ["sigmoid"]
-    elif out.shape[1] > 1 and bool((out.exp().sum(1) - 1).abs().max() < 1e-3):
-        kinds = ["log_softmax"]
-    before = [v for v in trace.values if v.vector is not None and v.means[0].shape == out.shape and v.time < value.time]
-    behind = [(kind, v) for kind in kinds for v in before if equal(ACTIVATIONS[kind](v.means[0]), out, value.close)]
-    return behind[:2] or [("", value)]
-
-
 @torch.no_grad()
-def find(trace: Trace, y: Value) -> Head | None:
-    """The head between some average of maps and the scores y; None where they are no function of one in these forms."""
-    vectors = [v for v in trace.values if v.vector is not None and v.time <= y.time and v.means[0].shape[1] > 1]
-    return _find(trace, y, vectors, trace.averaged) or _find(trace, y, vectors, trace.one_position)
-
-
-def _find(
-    trace: Trace, y: Value, vectors: list[Value], maps_of: Callable[[Value], list[tuple[Value, Layout]]]
-) -> Head | None:
-    tried: list[Value] = []
-    pools = 0
-    for vector in reversed(vectors):
-        if any(equal(vector.means[0], other.means[0]) for other in tried):
-            continue
-        tried.append(vector)
-        maps = maps_of(vector)
-        if not maps:
-            continue
-        pools += 1
-        if equal(vector.means[0], y.means[0]):  # the head comes before the pool
-            maps = [taken for value, _ in maps for taken in trace.taken_for(value)]
-        for value, found in maps[:3]:
-            at = (_tap(value), found)
-            if form := _form(trace, at, _tap(y), y):
-                later = [v.time for v in vectors if v.time > value.time and equal(v.means[0], vector.means[0])]
-                first = min([*later, y.time])
-                return Head(at, _tap(y), form, _layer(trace, at, y) if form == "linear" else "", first)
-        if pools == _POOLS_TRIED:
-            break
+def _pooled(trace: Trace, y: Value) -> Pooled | None:
+    """The maps whose average the scores are made of; None if there are none."""
+    vectors = [v for v in trace.vectors(y.time) if v.means[0].shape[1] > 1]
+    for maps_of in (trace.averaged, trace.one_position):
+        pools: list[Value] = []  # of different values, the last first
+        for vector in reversed(vectors):
+            maps = [] if any(equal(vector.means[0], other.means[0]) for other in pools) else maps_of(vector)
+            if not maps:
+                continue
+            pools.append(vector)
+            if len(pools) > _POOLS_TRIED:
+                break
+            if equal(vector.means[0], y.means[0]):  # the head comes before the pool
+                maps = [taken for value, _ in maps for taken in trace.taken_for(value)]
+            for value, found in maps[:3]:
+                form, affine = _form(trace, (_tap(value), found), y)
+                if form:
+                    layer = _layer(trace, affine, y.close) if form == "linear" and affine else ""
+                    later = [v.time for v in vectors if v.time > value.time and equal(v.means[0], vector.means[0])]
+                    return (_tap(value), found), value, form, layer, min([*later, y.time])
     return None
 
 
-def _layer(trace: Trace, at: tuple[Tap, Layout], y: Value) -> str:
-    """The linear layer whose weights are the columns, empty if there is none."""
-    head = Head(at, _tap(y), "linear", "", 0)
-    c, b, _ = head.affine(trace.module, trace.x)
+def _form(trace: Trace, h: tuple[Tap, Layout], y: Value) -> tuple[str, Affine | None]:
+    """How the scores follow from maps, and their columns where they are fixed; empty, if in none of the forms."""
+    close = max(y.close, 1e-4)
+
+    def tail(module: nn.Module, x: Tensor, change: Change, factors: Sequence[Tensor] | None = None) -> Tail:
+        return _run(module, x, h, _tap(y), change, factors)
+
+    through = trace.module, trace.x
+    try:
+        own = tail(*through, same)
+        if not (own.y.requires_grad and equal(own.y.detach(), y.means[0], close)):
+            return "", None
+        other = tail(*through, another)
+        if len(own.scales) == len(own.factors):
+            affine = _affine(tail, *through)
+            if all(equal(one.y.detach(), one.fixed(affine), close) for one in (own, other)):
+                return ("scaled" if own.factors else "linear"), affine
+        # gated: linear with the gates of other maps held, and made of h alone, whatever else the images are
+        third = tail(*through, lambda h: another(another(h)), other.factors)
+        swapped = tail(*through, lambda h: h.flip(0))
+        gated = equal(third.y.detach(), other.own_columns(third.z), close)
+        alone = equal(swapped.y.detach(), own.y.detach().flip(0), close)
+        return ("gated" if own.factors and gated and alone else ""), None
+    except (RuntimeError, StopIteration, IndexError, TypeError):  # maps of no image are more than some modules bear
+        return "", None
+
+
+def _affine(tail: Callable[..., Tail], module: nn.Module, x: Tensor) -> Affine:
+    own = tail(module, x, same)
+    scale = own.scale[0]
+    c = own.columns()[:, 0] / scale
+    # at h = 0 y is s b + t, without what a difference of y and z · c would round away
+    at_zero = tail(module, x, torch.zeros_like, own.factors).y.detach()[0]
+    no_factors = [0 * factor for factor in own.factors]
+    t = tail(module, x, torch.zeros_like, no_factors).y.detach()[0] if own.factors else torch.zeros_like(at_zero)
+    return c, (at_zero - t) / scale, t
+
+
+def _layer(trace: Trace, affine: Affine, close: float) -> str:
+    """The linear layer or 1x1 convolution whose weights are the columns, empty if there is none."""
+    c, b, _ = affine
+    called = {call.name for call in trace.calls}
     for name, part in trace.module.named_modules():
-        if isinstance(part, nn.Linear | nn.Conv2d) and part.weight[:, 0].numel() == len(c):
-            zero = torch.zeros_like(b) if part.bias is None else part.bias
-            same = equal(part.weight.flatten(1), c, y.close) and (zero - b).abs().max() <= 1e-3 * c.abs().max() + 1e-5
-            if same and any(t.source == name for v in trace.values for t in v.taps):
+        if isinstance(part, nn.Linear | nn.Conv2d) and name in called and equal(part.weight.flatten(1), c, close):
+            own = torch.zeros_like(b) if part.bias is None else part.bias
+            if torch.allclose(own, b, rtol=close, atol=1e-6):
                 return name
     return ""
 
 
-def _form(trace: Trace, at: tuple[Tap, Layout], y_tap: Tap, y: Value) -> str:
-    close = max(y.close, 1e-4)
-
-    def tail(change: Callable[[Tensor], Tensor], factors: Sequence[Tensor] | None = None) -> Tail:
-        one = Tail(at, y_tap, change, factors)
-        one.run(trace.module, trace.x)
-        return one
-
-    try:
-        own = tail(lambda h: h)
-        if not (own.y.requires_grad and equal(own.y.detach(), y.means[0], 10 * close)):
-            return ""
-        other = tail(another)
-        columns = other.columns()
-        rest = other.y.detach() - torch.einsum("cnd,nd->nc", columns, other.z)
-        # any other maps, with the gates and norms as they were
-        third = tail(lambda h: another(another(h)), other.factors)
-        expected = torch.einsum("cnd,nd->nc", columns, third.z) + rest
-        if not equal(third.y.detach(), expected, close):
-            return ""
-        if not other.factors:
-            c = columns[:, 0]
-            b = rest[0]
-            # of b, made from other maps, the rounding is theirs
-            difference = (own.y.detach() - own.z @ c.T - b).abs().max()
-            same = difference <= close * max(own.y.abs().max(), other.y.abs().max()) and equal(columns[:, 1], c, close)
-            return "linear" if same and equal(other.y.detach(), other.z @ c.T + b, close) else ""
-        # of h alone: nothing else of the images matters
-        swapped = tail(lambda h: h.flip(0))
-        if not equal(swapped.y.detach(), own.y.detach().flip(0), close):
-            return ""
-        if len(other.scales) == len(other.factors):
-            c, b, t = Head(at, y_tap, "scaled", "", 0).affine(trace.module, trace.x)
-            if equal(other.y.detach(), other.scale[:, None] * (other.z @ c.T + b) + t, close):
-                return "scaled"
-        return "gated"
-    except (RuntimeError, StopIteration, IndexError, TypeError):
-        return ""
+# --- where no form holds --------------------------------------------------------------------------------------------
 
 
-def residual(module: nn.Module, head: Head, x: Tensor) -> float:
-    """The largest difference between y and its form, relative to the largest score.
-
-    Gated: y from maps of no image, with the gates of x, against the columns of x.
-    """
-    own = Tail(head.h, head.y, lambda h: h)
-    own.run(module, x)
-    y = own.y.detach()
-    if head.form == "gated":
-        columns = own.columns()
-        rest = y - torch.einsum("cnd,nd->nc", columns, own.z)
-        held = Tail(head.h, head.y, another, own.factors)
-        held.run(module, x)
-        y, ours = held.y.detach(), torch.einsum("cnd,nd->nc", columns, held.z) + rest
-    else:
-        c, b, t = head.affine(module, x)
-        ours = own.scale[:, None] * (own.z @ c.T + b) + t
-    return float((y - ours).abs().max() / y.abs().max())
+def _maps(trace: Trace, y: Value) -> list[Call]:
+    """The calls along the trunk whose maps all scores come from."""
+    trunk = trace.trunk(y.time)
+    return [c for c in trunk if c.end in y.cuts and max(c.size_out) > 1 and not issubclass(trace.kind(c), QUIET)]
 
 
-def several(trace: Trace) -> list[tuple[str, Value]]:
-    """What is returned that may be scores: [N, C] by where it lies in the output."""
-    return [(path, value) for path, value in trace.returned if value and value.vector is not None]
+def _why(trace: Trace, y: Value) -> str:
+    """Why y is no function of an average of maps in any of the forms, in words."""
+    start = next((call.end for call in reversed(_maps(trace, y))), 0)
+    after = {name for at, name in trace.names if start < at < y.time}
+    if any("attention" in name or name == "softmax" for name in after):
+        return "attention lies between its feature maps and its scores"
+    if any("max" in name for name in after):
+        return "a maximum over positions lies between its feature maps and its scores"
+    return trace.between(start, y.time) or "its scores are not made of the average of its feature maps"
 
 
-__all__ = ["ACTIVATIONS", "Head", "Tail", "find", "residual", "scores", "several", "tensors"]
+def _last_maps(trace: Trace, y: Value, why: str) -> Pooled:
+    """The last maps that all scores come from."""
+    last = _maps(trace, y)
+    if not last or "attention" in why:
+        why = why if last else "its scores are not made of one encoder's feature maps"
+        raise ValueError(f"{trace.name} is not a CNN of eq. 1: {why}; head= names another head, {_linear(trace)}")
+    call = last[-1]
+    assert call.layout
+    return (call.tap, call.layout), next(v for v in trace.values if call.tap in v.taps), "", "", call.end + 1

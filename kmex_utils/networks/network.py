@@ -23,8 +23,8 @@ from ..store import load_json, load_tensors, save_json, save_tensors
 from .catalogue import Built, build, is_timm, is_torchvision
 from .checkpoints import fingerprint, fit_head, fitting, load_into, read, reason
 from .class_names import class_names
-from .head import Head, Tail, find, residual, scores, several
-from .trace import QUIET, Call, H, Layout, Pass, Tap, Trace, Value, noise
+from .head import Affine, head_of, same
+from .trace import H, Layout, Pass, Tap, Trace, noise
 
 IMAGENET = Input(224, IMAGENET_MEAN, IMAGENET_STD, "crop")
 SETTINGS, WEIGHTS = "network.json", "weights.safetensors"
@@ -93,21 +93,18 @@ class Network(nn.Module):
         self.module = module
         self.eval().requires_grad_(False)
         trace = Trace(self.module, input, self.name)
-        y, self.activation, self.note = self._scores_of(trace, head)
-        found = find(trace, y)
-        self.form, self.between = (found.form, "") if found else ("", _why(trace, y))
-        self._head = found or _last_maps(trace, y, self.between)
-        self.head = head or self._head.module or trace.module_of(y)
-        h = next(v for v in trace.values if self._head.h[0] in v.taps)
-        named = trace.blocks(blocks, h, self._head.h[1].grid, self._head.time)
+        self._head = head_of(trace, head)
+        self.head, self.form, self.between = self._head.name, self._head.form, self._head.between
+        self.activation, self.note = self._head.activation, self._head.note
+        named = trace.blocks(blocks, self._head.cuts, self._head.h[1].grid, self._head.time)
         trunk = trace.trunk(self._head.time)
         self.blocks = (*named, trunk[-1].name if trunk else H)
-        first = [(call.tap, call.layout) for call in named.values()]
-        self._places: list[tuple[Tap, Layout | None]] = [*first, self._head.h, (self._head.y, None)]  # of x(1) …, h, y
+        before = [(call.tap, call.layout) for call in named.values()]
+        self._places: list[tuple[Tap, Layout | None]] = [*before, self._head.h, (self._head.y, None)]  # x(1) …, h, y
         self._changed: set[int] = set()  # blocks whose output a later layer changes in place
         self._alone = any(name in ("squeeze", "squeeze_") for _, name in trace.names)
-        self._columns: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
-        c = y.means[0].shape[1]
+        self._columns: tuple[Any, Affine] | None = None
+        c = next(v for v in trace.values if self._head.y in v.taps).means[0].shape[1]
         self.binary = c == 1
         c += self.binary
         if classes and len(classes) != c:
@@ -118,87 +115,53 @@ class Network(nn.Module):
         told_apart = [f"{name} ({j})" if often[name] > 1 else name for j, name in enumerate(classes)]
         self.classes = tuple(told_apart or map(str, range(c)))
 
-    def _scores_of(self, trace: Trace, head: str) -> tuple[Value, str, str]:
-        """y, what the network makes of it, and what is to be said about it."""
-        returned = several(trace)
-        behind = [(path, kind, y) for path, value in returned for kind, y in scores(trace, value)]
-        if head:
-            try:
-                self.module.get_submodule(head)
-            except AttributeError:
-                raise ValueError(f"{self.name} has no head {head!r}; {_linear(trace)}") from None
-            at = [v for v in trace.values if any(t.source == head and not t.taken for t in v.taps)]
-            if not at or at[-1].vector is None:
-                what = "gives no scores [N, C]" if at else "is never called"
-                raise ValueError(f"the head {head!r} of {self.name} {what}; {_linear(trace)}")
-            y = at[-1]
-            kinds = [kind for _, kind, other in behind if other is y or torch.equal(other.means[0], y.means[0])]
-            note = "" if kinds else f"what its head {head!r} gives is explained, {self.name} returns something else"
-            return y, kinds[0] if kinds else "", note
-        if len(returned) == 1:
-            made = [(kind, y) for _, kind, y in behind]
-        else:  # what is no scores, as features beside them, has no head
-            made = [(kind, y) for _, kind, y in behind if find(trace, y)]
-        if not returned:
-            raise ValueError(f"{self.name} returns no scores [N, C]: wrap it in a module that does")
-        if len({id(y) for _, y in made}) != 1 and len(returned) > 1:
-            places = ", ".join(f"output{path} ({y.means[0].shape[1]} values)" for path, _, y in behind)
-            raise ValueError(
-                f"{self.name} returns several: {places}; say by head= which is explained, {_linear(trace)}"
-            )
-        kind, y = made[0]
-        if y.means[0].shape[1] == 1:
-            return y, kind, "one score, whose sign decides between two classes: classes=[negative, positive] names them"
-        return y, kind, ""
-
     @property
     def classifier(self) -> nn.Linear | nn.Conv2d:
         """The one layer whose weights are the columns; a ValueError where there is none."""
-        if not self._head.module:
+        if not self._head.layer:
             raise ValueError(f"{self.name} has no one linear layer whose weights are its columns")
-        return cast(nn.Linear, self.module.get_submodule(self._head.module))
+        return cast(nn.Linear, self.module.get_submodule(self._head.layer))
 
     @property
     def pooled_linear(self) -> bool:
         """Whether y is a linear function of avg.pool(h), as eq. 2 says."""
         return self.form == "linear"
 
-    def _affine(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _affine(self) -> Affine:
         """c, b and t of :mod:`kmex_utils.networks.head`, made again where weights have changed."""
         if self.form not in ("linear", "scaled"):
             why = self.between or "its columns are each image's own"
             raise ValueError(f"Theorem 1 and eq. 11 do not hold for {self.name}: {why}; KMEx and B4 … do")
-        if self._head.module:
-            layer = self.classifier
-            zero = layer.weight.new_zeros(len(layer.weight))
-            found = layer.weight.flatten(1), zero if layer.bias is None else layer.bias, zero
-        else:
-            state = [(id(p), p._version) for p in (*self.module.parameters(), *self.module.buffers())]
-            if not self._columns or self._columns[0] != state:
-                like = next(self.module.parameters())
-                with exact():
-                    self._columns = state, self._head.affine(self.module, noise(self.input, like))
-            found = self._columns[1]
-        return tuple(map(_both, found)) if self.binary else found  # type: ignore[return-value]
+        if self._head.layer:
+            weight, bias = self.classifier.weight, self.classifier.bias
+            zero = weight.new_zeros(len(weight))
+            return weight.flatten(1), zero if bias is None else bias, zero
+        state = [(id(p), p._version) for p in (*self.module.parameters(), *self.module.buffers())]
+        if not self._columns or self._columns[0] != state:
+            with exact():
+                x = noise(self.input, next(self.module.parameters()))
+                self._columns = state, self._head.affine(self.module, x)
+        return self._columns[1]
 
     @property
     def c(self) -> Tensor:
         """The columns c_j, [C, D]; a ValueError where they are no prototypes of h."""
-        return self._affine()[0]
+        c = self._affine()[0]
+        return _both(c) if self.binary else c
 
     @property
     def b(self) -> Tensor | None:
         """The bias, [C], or None."""
-        if self._head.module and self.classifier.bias is None:
+        if self._head.layer and self.classifier.bias is None:
             return None
-        return self._affine()[1]
+        b = self._affine()[1]
+        return _both(b) if self.binary else b
 
     def columns(self, x: Tensor, j: Tensor) -> Tensor:
         """The column of class j of each image x [N, 3, S, S], [N, D]: c_j, or where they are gated c_j(x)."""
         if self.form != "gated":
             return self.c[j]
-        tail = Tail(self._head.h, self._head.y, lambda h: h)
-        tail.run(self.module, self._paired(x))
+        tail = self._head.tail(self.module, self._paired(x), same)
         if self.binary:
             return tail.column(torch.zeros_like(j))[: len(x)] * (j - 0.5)[:, None]
         return tail.column(torch.cat([j] * (len(tail.y) // len(j))))[: len(x)]
@@ -330,42 +293,6 @@ def _both(y: Tensor) -> Tensor:
     return torch.cat([-y / 2, y / 2])
 
 
-def _linear(trace: Trace) -> str:
-    linear = [call.name for call in trace.calls if issubclass(trace.kind(call), nn.Linear)]
-    return f"its linear layers: {', '.join(dict.fromkeys(linear[-5:])) or 'none'}"
-
-
-def _maps(trace: Trace, y: Value) -> list[Call]:
-    """The calls along the trunk whose maps all scores come from."""
-    trunk = trace.trunk(y.time)
-    return [c for c in trunk if c.end in y.cuts and max(c.size_out) > 1 and not issubclass(trace.kind(c), QUIET)]
-
-
-def _why(trace: Trace, y: Value) -> str:
-    """Why y is no function of an average of maps in any of the forms, in words."""
-    last = _maps(trace, y)
-    start = last[-1].end if last else 0
-    after = {name for at, name in trace.names if start < at < y.time}
-    if any("attention" in name or name == "softmax" for name in after):
-        return "attention lies between its feature maps and its scores"
-    if any("max" in name for name in after):
-        return "a maximum over positions lies between its feature maps and its scores"
-    return trace.between(start, y.time) or "its scores are not made of the average of its feature maps"
-
-
-def _last_maps(trace: Trace, y: Value, why: str) -> Head:
-    """The last maps that all scores come from, where no form holds."""
-    last = _maps(trace, y)
-    if not last or "attention" in why:
-        linear = _linear(trace)
-        several = "its scores are not made of one encoder's feature maps" if not last else why
-        raise ValueError(f"{trace.name} is not a CNN of eq. 1: {several}; head= names another head, {linear}")
-    call = last[-1]
-    tap = next(t for t in reversed(y.taps))
-    assert call.layout
-    return Head((call.tap, call.layout), tap, "", "", call.end + 1)
-
-
 def theorem1_residual(network: Network, x: Tensor) -> float:
     """How far y is from its form in h (eq. 5, or beyond the paper), relative to the largest score.
 
@@ -373,7 +300,7 @@ def theorem1_residual(network: Network, x: Tensor) -> float:
     """
     if not network.form:
         raise ValueError(f"Theorem 1 and eq. 11 do not hold for {network.name}: {network.between}; KMEx and B4 … do")
-    return residual(network.module, network._head, x)
+    return network._head.residual(network.module, x, None if network.form == "gated" else network._affine())
 
 
 # --- by name, to explain or to train ------------------------------------------------------------------------------

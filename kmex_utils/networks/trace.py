@@ -8,7 +8,7 @@ hand out another tensor in place of one. Tensors are known by their values: h is
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
 from ..data import Input
 
@@ -55,8 +55,8 @@ class Layout(NamedTuple):
         return x.movedim(1, self.axis)
 
 
-def layout(shape: Sequence[int], size: tuple[int, int], axis: int = 1) -> Layout | None:
-    """How a tensor of this shape [N, …] is a map of images of ``size`` (H, W); ``axis`` decides where both would do.
+def layout(shape: Sequence[int], size: tuple[int, int], axis: int = 0) -> Layout | None:
+    """How a tensor of this shape [N, …] is a map of images of ``size`` (H, W), with channels along ``axis`` if given.
 
     Positions have the images' proportions to within one: channels first, channels last, or tokens row by row.
     """
@@ -76,21 +76,12 @@ def layout(shape: Sequence[int], size: tuple[int, int], axis: int = 1) -> Layout
         grids = {2: tokens(shape[1]), 1: tokens(shape[2])}
     else:
         return None
-    if grids.get(axis):
-        grids = {axis: grids[axis], **grids}
-    return next((Layout(axis, grid) for axis, grid in grids.items() if grid), None)
+    return next((Layout(a, grid) for a, grid in grids.items() if grid and axis in (0, a)), None)
 
 
-def tensors(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def tensors(tree: Any) -> list[tuple[str, Tensor]]:
     """The tensors in tuples, lists, dictionaries, and where they lie."""
-    if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from tensors(value, f"{path}[{key!r}]")
-    elif isinstance(tree, tuple | list):
-        for i, value in enumerate(tree):
-            yield from tensors(value, f"{path}[{i}]")
+    return [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(tree)[0] if isinstance(leaf, Tensor)]
 
 
 class Pass(TorchFunctionMode):
@@ -209,7 +200,6 @@ class Call:
     children: list["Call"] = field(default_factory=list)
     end: int = 0
     size_out: tuple[int, ...] = ()
-    channels: int = 0
     tap: Tap = field(default_factory=lambda: Tap("", 0))
     layout: Layout | None = None
 
@@ -252,8 +242,9 @@ class _Flow(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        inputs = [self.cuts[k] for _, t in tensors((args, kwargs)) if (k := self.key(t)) in self.cuts]
-        for _, t in tensors(out):
+        taken, given = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
+        inputs = [self.cuts[k] for t in taken if (k := self.key(t)) in self.cuts]
+        for t in given:
             if inputs:
                 self.cuts[self.key(t)] = frozenset.intersection(*inputs)
             else:
@@ -279,9 +270,7 @@ class Trace(Pass):
     def __init__(self, module: nn.Module, input: Input, name: str) -> None:
         if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
             kind = "a TorchScript" if isinstance(module, torch.jit.ScriptModule) else "an exported"
-            raise ValueError(
-                f"{name} is {kind} module, whose layers cannot be watched: give the nn.Module it was made of"
-            )
+            raise ValueError(f"{name} is {kind} module, which cannot be watched: give the nn.Module it was made of")
         super().__init__()
         self.module, self.name, self.size = module, name, input.size
         self.x = noise(input, next(module.parameters(), None))
@@ -321,7 +310,7 @@ class Trace(Pass):
         call.end = self.tick()
         for index, (_, t) in enumerate(tensors(output)):
             if found := layout(t.shape, self.size):
-                call.layout, call.size_out, call.channels = found, found.grid, t.shape[found.axis]
+                call.layout, call.size_out = found, found.grid
                 call.tap = Tap(call.name, call.call, index)
                 self._flow.mark(t, call.end)
                 break
@@ -367,16 +356,20 @@ class Trace(Pass):
 
     # what has which value
 
+    def vectors(self, until: int) -> list[Value]:
+        """What has one position, [N, D], and was there at a time."""
+        return [value for value in self.values if value.vector is not None and value.time <= until]
+
     def averaged(self, vector: Value) -> list[tuple[Value, Layout]]:
         """The maps whose mean over positions it is: the finest first, of them those of two axes, then the latest."""
         z = vector.means[0]
-        alike = []
-        for value in self.values:
-            for axis, mean in value.means.items():
-                if axis and mean.shape == z.shape and equal(mean, z, max(value.close, vector.close)):
-                    found = layout(value.shape, self.size, axis)
-                    if found and found.axis == axis:
-                        alike.append((value, found))
+        alike = [
+            (value, found)
+            for value in self.values
+            for axis, mean in value.means.items()
+            if axis and equal(mean, z, max(value.close, vector.close))
+            if (found := layout(value.shape, self.size, axis))
+        ]
         return sorted(alike, key=lambda m: (m[0].positions(m[1].axis), len(m[0].shape), m[0].time), reverse=True)
 
     def one_position(self, vector: Value) -> list[tuple[Value, Layout]]:
@@ -391,11 +384,9 @@ class Trace(Pass):
     def taken_for(self, value: Value) -> list[tuple[Value, Layout]]:
         """The maps, on the same grid, that the call which first gave this value took."""
         tap = value.taps[0]
-        taken = [
-            v for v in self.values if any(t.taken and t[:2] == tap[:2] for t in v.taps) and not v.vector is not None
-        ]
-        grids = [(v, layout(v.shape, self.size)) for v in taken if v is not value]
-        return [(v, found) for v, found in grids if found and math.prod(found.grid) > 1]
+        maps = [v for v in self.values if v.vector is None and v is not value]
+        taken = [v for v in maps if any(t.taken and t[:2] == tap[:2] for t in v.taps)]
+        return [(v, found) for v in taken if (found := layout(v.shape, self.size)) and math.prod(found.grid) > 1]
 
     def module_of(self, value: Value) -> str:
         """The innermost module that returned it last; empty if none did."""
@@ -417,7 +408,7 @@ class Trace(Pass):
         """The resolution as the power of two that divides the image's."""
         return 2 ** max(0, round(math.log2(self.size[0] / size[0])))
 
-    def blocks(self, names: Sequence[str], h: Value, grid: tuple[int, int], before: int) -> dict[str, Call]:
+    def blocks(self, names: Sequence[str], cuts: frozenset[int], grid: tuple[int, int], before: int) -> dict[str, Call]:
         """Everything before h: by name, or the last output at each stride that every path to h goes through."""
         deepest = self.stride(grid)
         calls = self._named(before)
@@ -432,7 +423,7 @@ class Trace(Pass):
         else:
             at_stride: dict[int, Call] = {}
             trunk = self.trunk(before)
-            for call in [*trunk, *(call for call in trunk if call.end in h.cuts)]:
+            for call in [*trunk, *(call for call in trunk if call.end in cuts)]:
                 at_stride[self.stride(call.size_out)] = call
             chosen = [call for stride, call in sorted(at_stride.items()) if stride < deepest][-(AT_MOST - 1) :]
         names_of = {call.end: name for name, call in calls.items()}
