@@ -227,7 +227,7 @@ def table(*rows):
 def test_where_ours_and_the_check_disagree():
     right = {"pooled-linear": "yes", "form": "linear", "residual": "4e-07", "y differs by": "0e+00"}
     scaled = {**right, "pooled-linear": "no", "form": "scaled"}
-    refused, none = {"pooled-linear": "no", "form": "refused"}, {"pooled-linear": "no", "form": "none"}
+    refused, none = {"pooled-linear": "no", "form": "refused"}, {**scaled, "form": "none", "residual": ""}
     unknown = {"head kind": "not known"}
     agree = [right, scaled, refused, none, unknown]
     differ = [
@@ -235,6 +235,7 @@ def test_where_ours_and_the_check_disagree():
         {**right, "form": "refused"},
         {**right, "form": "scaled"},
         {**refused, "form": "fails"},
+        {**none, "y differs by": "1e+00"},
         {**right, "y differs by": "1e+00"},
         {**scaled, "residual": "1e-02"},
         {**scaled, "residual": "nan"},
