@@ -25,7 +25,7 @@ import torch
 from heads import Head, disturb, head_of, images, settle
 from torch import nn
 
-from kmex_utils.networks import Network, network, theorem1_residual
+from kmex_utils.networks import network, theorem1_residual
 from kmex_utils.store import replacing
 
 LARGEST = 100e6  # parameters
@@ -132,14 +132,13 @@ def ours(module: nn.Module, x: torch.Tensor, head: Head) -> dict[str, Any]:
     except ValueError as error:
         return {"form": "refused", "why not": str(error), "seconds to take in": f"{time.perf_counter() - started:.2f}"}
     seconds = time.perf_counter() - started
-    form = form_of(watched)
     with torch.no_grad():
         activations, y = watched.outputs(x)
     differs = (y - head.y).abs().max() / head.y.abs().max() if y.shape == head.y.shape else float("inf")
     h = activations[-1].flatten(2)
     return {
-        "form": form or "none",
-        "residual": scientific(theorem1_residual(watched, x)) if form else "",
+        "form": watched.form or "none",
+        "residual": scientific(theorem1_residual(watched, x)) if watched.form else "",
         "y differs by": scientific(float(differs)),
         "h": "" if head.h is None else "the same" if same(h, head.h) else "another",
         "blocks end at": ", ".join(watched.blocks),
@@ -148,11 +147,6 @@ def ours(module: nn.Module, x: torch.Tensor, head: Head) -> dict[str, Any]:
         "why not": watched.between or head.why,
         "seconds to take in": f"{seconds:.2f}",
     }
-
-
-def form_of(watched: Network) -> str:
-    """Linear, scaled, gated, or empty: none."""
-    return getattr(watched, "form", "linear" if watched.pooled_linear else "")
 
 
 def same(h: torch.Tensor, other: torch.Tensor) -> bool:

@@ -87,8 +87,8 @@ network = kmex.network(
     fit=fit,
 )
 print(network.preprocessing())
-size = network.input.image_size
-x, y = network.outputs(torch.zeros(1, 3, size, size))
+channels, size = network.input.channels, network.input.size
+x, y = network.outputs(torch.zeros(1, channels, *size))
 shapes = [(name, u.shape[1], f"{u.shape[2]} x {u.shape[3]}") for name, u in zip(network.blocks, x, strict=True)]
 numbers = [f"B{b}" for b in range(1, len(x) + 1)]
 pd.DataFrame(shapes, numbers, ["ends at", "channels", "positions"])
@@ -98,16 +98,17 @@ pd.DataFrame(shapes, numbers, ["ends at", "channels", "positions"])
 #
 # Most heads have a bias. The paper omits it "without loss of generality": give $h$ one channel more that is 1
 # everywhere and $c_j$ the entry $b_j$ there; the average pool keeps the 1, and $y_j = z \cdot c_j + b_j$ has the form
-# of eq. 2 again. So both sides of eq. 5 must agree up to rounding. Where something lies between pool and head, the
-# theorem and eq. 11 do not hold; the k-means explanations do.
+# of eq. 2 again. So both sides of eq. 5 must agree up to rounding. Layer normalisation before the head leaves the
+# columns and adds one factor an image (*scaled*); a head of several layers has columns of each image's own (*gated*).
+# In any other form the theorem and eq. 11 do not hold; the k-means explanations do.
 
 # %%
 from kmex_utils.networks import theorem1_residual
 
-noise = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(seed))
-if network.pooled_linear:
+noise = torch.randn(4, channels, *size, generator=torch.Generator().manual_seed(seed))
+if network.form:
     residual = theorem1_residual(network, noise)
-    print(f"bias: {network.b is not None}; largest difference, relative to the largest score: {residual:.1e}")
+    print(f"{network.form}; largest difference, relative to the largest score: {residual:.1e}")
     assert residual < 1e-4
 else:
     print(f"Theorem 1 does not hold: {network.between}")

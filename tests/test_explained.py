@@ -257,6 +257,29 @@ def test_where_eq_11_does_not_hold(photos):
     assert view["attribution"] is None and "Linear" in view["why_no_attribution"]
 
 
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "convnext_tiny"])
+def test_attributions_beyond_the_paper(arch, photos, tmp_path):
+    """Eq. 11 with the columns of each image's own, or with fixed ones; the report does not say that there are none."""
+    network = kmex.network(arch, "random", image_size=SIZE)
+    options = {"prototypes_per_class": 1, "restarts": 1, "device": "cpu", "start_block": 4}
+    explained = kmex.explain(network, photos, log=str, **options)
+    seen = explained.seen(explained.picture(0))
+    att = explained.attributions(seen, 7, "raw")[4]
+    module, z = network.module, seen.h.mean((2, 3))
+    if arch == "convnext_tiny":
+        weighted = module.classifier[0].weight * module.classifier[2].weight[7]
+        c = (weighted - weighted.mean())[None]
+    else:
+        a = module.classifier[0](z)
+        c = (torch.nn.functional.hardswish(a) / a * module.classifier[3].weight[7]) @ module.classifier[0].weight
+    expected = torch.einsum("ndhw,nd->nhw", seen.h, c) / c.square().sum()
+    torch.testing.assert_close(att, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    inputs = seen.inputs.numpy()
+    of_quantus = explained.explain_func(network, inputs, np.array([7]), attribution_start="raw")
+    assert of_quantus.shape == (1, 1, SIZE, SIZE) and np.isclose(of_quantus.max(), att.max(), rtol=1e-4)
+    assert "There are no attributions" not in explained.report(tmp_path / "r.html").read_text()
+
+
 def test_a_class_with_fewer_images_than_prototypes(resnet, photos):
     with pytest.raises(ValueError, match=r"class 'flower' has 10 images .*, fewer than K/C = 11: lower"):
         kmex.explain(resnet, photos, prototypes_per_class=11, device="cpu")

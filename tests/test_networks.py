@@ -62,7 +62,7 @@ def test_architectures_of_torchvision(arch):
     z = activations[-1].mean((2, 3))
     torch.testing.assert_close(z @ watched.c.T + watched.b, y, rtol=1e-3, atol=1e-4 * float(y.abs().max()))
     assert theorem1_residual(watched, x) < 1e-5
-    assert watched.pooled_linear and (y[0] - y[1]).abs().max() > 1e-3 * y.abs().max(), "the images tell"
+    assert watched.form == "linear" and (y[0] - y[1]).abs().max() > 1e-3 * y.abs().max(), "the images tell"
 
 
 def test_blocks_are_the_networks_own_tensors():
@@ -127,7 +127,7 @@ def test_a_gated_head_has_columns_of_each_image():
     x, j = noise(made), torch.tensor([3, 5])
     with torch.no_grad():
         activations, y = made.outputs(x)
-        assert torch.equal(y, made.module(x)) and made.form == "gated" and not made.pooled_linear
+        assert torch.equal(y, made.module(x)) and made.form == "gated"
     z = activations[-1].mean((2, 3))
     a = first(z)
     gate = F.hardswish(a) / a
@@ -300,6 +300,9 @@ def test_probabilities_are_undone(name):
     with torch.no_grad():
         assert made.activation == name and made.head == "fc"
         torch.testing.assert_close(f(made(x), **how), made.module(x))
+        torch.testing.assert_close(
+            made.probabilities(made(x)), f(made(x), **how) if name != "log_softmax" else made.module(x).exp()
+        )
 
 
 @pytest.mark.parametrize("output", [lambda m, h, z: m.fc(z), lambda m, h, z: m.fc(z).sigmoid()[:, 0]])
@@ -330,6 +333,35 @@ def test_a_cosine_head_scales():
     expected = 16 * F.normalize(m.fc.weight[:, :4], dim=1) @ m.aux.weight
     torch.testing.assert_close(made.c, expected, rtol=1e-4, atol=1e-5)
     assert made.form == "scaled" and theorem1_residual(made, x) < 1e-5
+
+
+class Autocast(Returning):
+    """Half precision within."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_half_precision_within():
+    """h and y are the module's own; its columns agree with them to what eight bits leave."""
+    torch.manual_seed(0)
+    made = Network(Autocast(OUTPUTS["F.linear"]), input=pixels(32))
+    x = noise(made)
+    with torch.no_grad():
+        activations, y = made.outputs(x)
+        assert torch.equal(y, made.module(x).float()) and y.dtype == activations[-1].dtype == torch.float32
+    torch.testing.assert_close(made.c, made.module.fc.weight, rtol=2**-8, atol=1e-6)
+    assert made.form == "linear" and theorem1_residual(made, x) < 2e-2
+
+
+def test_a_compiled_module_is_watched_as_it_was(recwarn):
+    torch.manual_seed(0)
+    module = Returning(OUTPUTS["einsum"]).eval()
+    made, x = Network(torch.compile(module), input=pixels(32)), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(made(x), module(x))
+    assert made.form == "linear" and not [w for w in recwarn if "compile" in str(w.message).lower()]
 
 
 def test_several_scores_are_asked_about():

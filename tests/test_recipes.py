@@ -89,7 +89,7 @@ def test_timm(run):
 def test_own_module(run):
     names = run("Your own module")
     assert np.array_equal(names["again"].labels("new.jpg").labels, names["explained"].labels("new.jpg").labels)
-    assert names["network"].input.std == (0.5, 0.5, 0.5) and names["network"].pooled_linear
+    assert names["network"].input.std == (0.5, 0.5, 0.5) and names["network"].form == "linear"
 
 
 def test_data_set_of_torch(run):

@@ -308,7 +308,7 @@ class Explained:
         predicted = seen.y.argmax(1)
         j = predicted if target in ("", None) else torch.full_like(predicted, self.network.output(target))
         last = self.explainers[self.start_blocks[0]]
-        x = seen.inputs.cpu() if self.network.form == "gated" else seen.h
+        x = seen.inputs if self.network.form == "gated" else seen.h
         with exact():
             att = attribution(seen.h, self.network.columns(x, j).detach().cpu())
         return carried(att, seen.maps, last.normalisation.align_corners, start=start)

@@ -143,14 +143,14 @@ def _batch(
         return images, segments
     index, pixels = zip(*read, strict=True)
     seen = explained.see(np.stack(pixels), device)
-    att = explained.attributions(seen)
+    att, probabilities = explained.attributions(seen), network.probabilities(seen.y)
     classes = {explained.name(b): explained.explainers[b].proj(q_s).argmax(1) for b, q_s in seen.maps.items()}
     classes |= {f"KMEx-{k}": explainer.predict(explainer.h([seen.h])) for k, explainer in explained.kmex.items()}
     for n, i in enumerate(index):
         image, y = images[i], seen.y[n]
         j = int(y.argmax())
         image |= {"predicted": network.classes[j], "predicted_index": j}
-        image |= {"score": float(y[j]), "probability": float(y.softmax(0)[j])}
+        image |= {"score": float(y[j]), "probability": float(probabilities[n, j])}
         image |= {name: explained.classes[int(predicted[n])] for name, predicted in classes.items()}
         limit = image["attribution_limit"] = max(float(a[n].abs().max()) for a in att.values()) if att else None
         arrays = {explained.name(b): q_s[n].numpy().astype(np.int32) for b, q_s in seen.maps.items()}

@@ -31,6 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 _AT_ONCE = 2**25  # numbers that a gradient of many classes holds: 128 MiB
+_MIXTURES = 4
 _POOLS_TRIED = 4  # the last ones: those of gates within the network are not the head's
 
 
@@ -39,13 +40,19 @@ class Tail(Pass):
 
     ``change`` makes it of the network's own, [N, D, H, W]. ``delta`` [N, D] is added to all its positions and has a
     gradient. ``factors`` are the gates and norms met; those of another pass, if given, are used in their place.
+    ``mix`` [M, C]: y are so many mixtures of the scores.
     """
 
     def __init__(
-        self, h: tuple[Tap, Layout], y: Tap, change: Callable[[Tensor], Tensor], factors: Sequence[Tensor] | None = None
+        self,
+        h: tuple[Tap, Layout],
+        y: Tap,
+        change: Callable[[Tensor], Tensor],
+        factors: Sequence[Tensor] | None = None,
+        mix: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.tap, self.layout, self.at_y, self.change = *h, y, change
+        self.tap, self.layout, self.at_y, self.change, self.mix = *h, y, change, mix
         self.factors: list[Tensor] = []
         self.scales: list[Tensor] = []  # one number an image each
         self._given: Iterator[Tensor] | None = None if factors is None else iter(factors)
@@ -65,7 +72,8 @@ class Tail(Pass):
         if x is self._old:
             x = self._new
         if tap == self.at_y:
-            self.y, self._past = x.reshape(len(self.delta), -1).float(), True
+            y, self._past = x.reshape(len(self.delta), -1).float(), True
+            self.y = y if self.mix is None else y @ self.mix.T
         return x
 
     def run(self, module: nn.Module, x: Tensor) -> Any:
@@ -173,19 +181,6 @@ def another(h: Tensor) -> Tensor:
     return size * h / h.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
 
 
-def _run(
-    module: nn.Module,
-    x: Tensor,
-    h: tuple[Tap, Layout],
-    y: Tap,
-    change: Change,
-    factors: Sequence[Tensor] | None = None,
-) -> Tail:
-    tail = Tail(h, y, change, factors)
-    tail.run(module, x)
-    return tail
-
-
 def _arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
     given = dict(zip(names, args[1:], strict=False)) | kwargs
     return [given.get(name) for name in names]
@@ -222,7 +217,9 @@ class Head:
 
     def tail(self, module: nn.Module, x: Tensor, change: Change, factors: Sequence[Tensor] | None = None) -> Tail:
         """A pass from another h on."""
-        return _run(module, x, self.h, self.y, change, factors)
+        tail = Tail(self.h, self.y, change, factors)
+        tail.run(module, x)
+        return tail
 
     def affine(self, module: nn.Module, x: Tensor) -> Affine:
         """c, b and t of the forms with fixed columns."""
@@ -335,39 +332,45 @@ def _pooled(trace: Trace, y: Value) -> Pooled | None:
             if equal(vector.means[0], y.means[0]):  # the head comes before the pool
                 maps = [taken for value, _ in maps for taken in trace.taken_for(value)]
             for value, found in maps[:3]:
-                form, affine = _form(trace, (_tap(value), found), y)
-                if form:
-                    layer = _layer(trace, affine, y.close) if form == "linear" and affine else ""
+                if named := _form(trace, (_tap(value), found), y):
                     later = [v.time for v in vectors if v.time > value.time and equal(v.means[0], vector.means[0])]
-                    return (_tap(value), found), value, form, layer, min([*later, y.time])
+                    return (_tap(value), found), value, *named, min([*later, y.time])
     return None
 
 
-def _form(trace: Trace, h: tuple[Tap, Layout], y: Value) -> tuple[str, Affine | None]:
-    """How the scores follow from maps, and their columns where they are fixed; empty, if in none of the forms."""
-    close = max(y.close, 1e-4)
+def _form(trace: Trace, h: tuple[Tap, Layout], y: Value) -> tuple[str, str] | None:
+    """How the scores follow from maps, and the layer whose weights are the columns; None, if in none of the forms.
+
+    A few random mixtures of the scores stand for all: what holds for them holds for each, and 20,000 take no longer.
+    """
+    close, scores = max(y.close, 1e-4), y.means[0]
+    mix = torch.randn(_MIXTURES, scores.shape[1], generator=torch.Generator().manual_seed(2)).to(scores)
 
     def tail(module: nn.Module, x: Tensor, change: Change, factors: Sequence[Tensor] | None = None) -> Tail:
-        return _run(module, x, h, _tap(y), change, factors)
+        tail = Tail(h, _tap(y), change, factors, mix)
+        tail.run(module, x)
+        return tail
 
     through = trace.module, trace.x
     try:
         own = tail(*through, same)
-        if not (own.y.requires_grad and equal(own.y.detach(), y.means[0], close)):
-            return "", None
+        if not (own.y.requires_grad and equal(own.y.detach(), scores @ mix.T, close)):
+            return None
         other = tail(*through, another)
         if len(own.scales) == len(own.factors):
             affine = _affine(tail, *through)
+            if equal(affine[0], mix, close):  # the maps of the scores themselves
+                return None
             if all(equal(one.y.detach(), one.fixed(affine), close) for one in (own, other)):
-                return ("scaled" if own.factors else "linear"), affine
+                return ("scaled", "") if own.factors else ("linear", _layer(trace, affine, mix, y.close))
         # gated: linear with the gates of other maps held, and made of h alone, whatever else the images are
         third = tail(*through, lambda h: another(another(h)), other.factors)
         swapped = tail(*through, lambda h: h.flip(0))
         gated = equal(third.y.detach(), other.own_columns(third.z), close)
         alone = equal(swapped.y.detach(), own.y.detach().flip(0), close)
-        return ("gated" if own.factors and gated and alone else ""), None
+        return ("gated", "") if own.factors and gated and alone else None
     except (RuntimeError, StopIteration, IndexError, TypeError):  # maps of no image are more than some modules bear
-        return "", None
+        return None
 
 
 def _affine(tail: Callable[..., Tail], module: nn.Module, x: Tensor) -> Affine:
@@ -381,14 +384,14 @@ def _affine(tail: Callable[..., Tail], module: nn.Module, x: Tensor) -> Affine:
     return c, (at_zero - t) / scale, t
 
 
-def _layer(trace: Trace, affine: Affine, close: float) -> str:
-    """The linear layer or 1x1 convolution whose weights are the columns, empty if there is none."""
+def _layer(trace: Trace, affine: Affine, mix: Tensor, close: float) -> str:
+    """The linear layer or 1x1 convolution whose weights, mixed, are the columns, empty if there is none."""
     c, b, _ = affine
     called = {call.name for call in trace.calls}
     for name, part in trace.module.named_modules():
-        if isinstance(part, nn.Linear | nn.Conv2d) and name in called and equal(part.weight.flatten(1), c, close):
-            own = torch.zeros_like(b) if part.bias is None else part.bias
-            if torch.allclose(own, b, rtol=close, atol=1e-6):
+        if isinstance(part, nn.Linear | nn.Conv2d) and name in called and len(part.weight) == mix.shape[1]:
+            own = torch.zeros_like(b) if part.bias is None else mix @ part.bias
+            if equal(mix @ part.weight.flatten(1), c, close) and torch.allclose(own, b, rtol=close, atol=1e-5):
                 return name
     return ""
 
@@ -410,7 +413,7 @@ def _why(trace: Trace, y: Value) -> str:
         return "attention lies between its feature maps and its scores"
     if any("max" in name for name in after):
         return "a maximum over positions lies between its feature maps and its scores"
-    return trace.between(start, y.time) or "its scores are not made of the average of its feature maps"
+    return trace.between(start, y.time) or "no linear map of the average of its feature maps gives its scores"
 
 
 def _last_maps(trace: Trace, y: Value, why: str) -> Pooled:

@@ -97,8 +97,7 @@ class Network(nn.Module):
         self.head, self.form, self.between = self._head.name, self._head.form, self._head.between
         self.activation, self.note = self._head.activation, self._head.note
         named = trace.blocks(blocks, self._head.cuts, self._head.h[1].grid, self._head.time)
-        trunk = trace.trunk(self._head.time)
-        self.blocks = (*named, trunk[-1].name if trunk else H)
+        self.blocks = (*named, trace.encoder(self._head.time))
         before = [(call.tap, call.layout) for call in named.values()]
         self._places: list[tuple[Tap, Layout | None]] = [*before, self._head.h, (self._head.y, None)]  # x(1) …, h, y
         self._changed: set[int] = set()  # blocks whose output a later layer changes in place
@@ -121,11 +120,6 @@ class Network(nn.Module):
         if not self._head.layer:
             raise ValueError(f"{self.name} has no one linear layer whose weights are its columns")
         return cast(nn.Linear, self.module.get_submodule(self._head.layer))
-
-    @property
-    def pooled_linear(self) -> bool:
-        """Whether y is a linear function of avg.pool(h), as eq. 2 says."""
-        return self.form == "linear"
 
     def _affine(self) -> Affine:
         """c, b and t of :mod:`kmex_utils.networks.head`, made again where weights have changed."""
@@ -211,6 +205,10 @@ class Network(nn.Module):
         if self.binary:
             outputs[-1] = _both(outputs[-1].T).T
         return outputs
+
+    def probabilities(self, y: Tensor) -> Tensor:
+        """Of scores y [N, C]: of each output alone where the network returns a sigmoid of several, else of all."""
+        return y.sigmoid() if self.activation == "sigmoid" and not self.binary else y.softmax(1)
 
     def output(self, name: str | int) -> int:
         """Index of the output with this name or index; a ValueError that lists the nearest names if there is none."""

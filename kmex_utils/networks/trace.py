@@ -73,7 +73,7 @@ def layout(shape: Sequence[int], size: tuple[int, int], axis: int = 0) -> Layout
     if len(shape) == 4:
         grids = {1: grid(shape[2], shape[3]), 3: grid(shape[1], shape[2])}
     elif len(shape) == 3:
-        grids = {2: tokens(shape[1]), 1: tokens(shape[2])}
+        grids = {1: tokens(shape[2])} if axis == 1 else {2: tokens(shape[1])}
     else:
         return None
     return next((Layout(a, grid) for a, grid in grids.items() if grid and axis in (0, a)), None)
@@ -403,6 +403,12 @@ class Trace(Pass):
         """Calls along the trunk that ended before a time."""
         steps = [call for child in self.calls[-1].children for call in child.steps()]
         return [s for s in steps if s.end < before and s.size_out]
+
+    def encoder(self, before: int) -> str:
+        """A name for what ends at h, averaged at a time: the part of the trunk in which the last layer lies, or it."""
+        layers = [c for c in self.calls if c.end < before and not c.children and not issubclass(self.kind(c), QUIET)]
+        last = layers[-1].name if layers else H
+        return next((c.name for c in self.trunk(before)[-1:] if last.startswith(c.name)), last)
 
     def stride(self, size: Sequence[int]) -> int:
         """The resolution as the power of two that divides the image's."""
