@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", default="", help="imagenet (default), random, or a file with a state dict")
     add("--classes", default="", help="names of the network's classes: a text file, one a line, or JSON")
     add("--blocks", nargs="*", default=[], help="names of the modules that end the blocks (default: by resolution)")
-    add("--head", default="", help="name of the linear layer (default: the last)")
+    add("--head", default="", help="the module that gives the scores (default: what the network returns)")
     add(
         "--image-size",
         nargs="+",

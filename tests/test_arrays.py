@@ -200,7 +200,7 @@ def test_what_cannot_be_attributed_is_one_line(explained, x, photos):
 
 
 class Squashed(nn.Module):
-    """Something between average pool and head."""
+    """The maximum over positions before the head."""
 
     def __init__(self):
         super().__init__()
@@ -208,7 +208,7 @@ class Squashed(nn.Module):
         self.head = nn.Linear(8, 2)
 
     def forward(self, x):
-        return self.head(self.encoder(x).mean((2, 3)).tanh())
+        return self.head(self.encoder(x).amax((2, 3)))
 
 
 def test_where_eq_11_does_not_hold_there_are_labels_and_no_attributions(photos):

@@ -184,10 +184,6 @@ class Value:
         """Itself, [N, D], where it has one position."""
         return self.means.get(0)
 
-    def positions(self, axis: int) -> int:
-        """R, with channels along an axis."""
-        return math.prod(self.shape[1:]) // self.means[axis].shape[1]
-
 
 @dataclass(eq=False)
 class Call:
@@ -361,7 +357,7 @@ class Trace(Pass):
         return [value for value in self.values if value.vector is not None and value.time <= until]
 
     def averaged(self, vector: Value) -> list[tuple[Value, Layout]]:
-        """The maps whose mean over positions it is: the finest first, of them those of two axes, then the latest."""
+        """The maps whose mean over positions it is: those of two axes before tokens, the latest first."""
         z = vector.means[0]
         alike = [
             (value, found)
@@ -370,7 +366,7 @@ class Trace(Pass):
             if axis and equal(mean, z, max(value.close, vector.close))
             if (found := layout(value.shape, self.size, axis))
         ]
-        return sorted(alike, key=lambda m: (m[0].positions(m[1].axis), len(m[0].shape), m[0].time), reverse=True)
+        return sorted(alike, key=lambda m: (len(m[0].shape), m[0].time), reverse=True)
 
     def one_position(self, vector: Value) -> list[tuple[Value, Layout]]:
         """The first map of one position that is this value: it is its own mean."""

@@ -35,7 +35,7 @@ class TrainableProtoPNet(nn.Module):
         self.epsilon = options.epsilon
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            first = nn.Conv2d(network.c.shape[1], options.depth, 1)
+            first = nn.Conv2d(network.classifier.weight.shape[1], options.depth, 1)
             second = nn.Conv2d(options.depth, options.depth, 1)
             for layer in (first, second):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
