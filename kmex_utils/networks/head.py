@@ -22,7 +22,18 @@ from torch import Tensor, nn
 from .trace import QUIET, Call, Layout, Pass, Tap, Trace, Value, equal
 
 _GATES = {"relu", "relu_", "relu6", "gelu", "silu", "silu_", "hardswish", "mish", "elu", "elu_", "selu", "celu"}
-_GATES |= {"leaky_relu", "leaky_relu_", "prelu", "tanh", "hardtanh", "sigmoid", "hardsigmoid", "softplus"}
+_GATES |= {
+    "leaky_relu",
+    "leaky_relu_",
+    "prelu",
+    "tanh",
+    "hardtanh",
+    "sigmoid",
+    "hardsigmoid",
+    "softplus",
+    "square",
+    "pow",
+}
 _NORMS = {"norm", "vector_norm", "std", "var", "sqrt", "rsqrt"}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda y: y,
@@ -105,13 +116,6 @@ class Tail(Pass):
             shape, weight, eps = _arguments(("normalized_shape", "weight", "eps"), args, kwargs)
             out = self._scaled(a, list(range(-len(shape), 0)), torch.finfo(a.dtype).eps if eps is None else eps)
             return out if weight is None else out * weight
-        if name == "group_norm":
-            groups, weight, bias, eps = _arguments(("num_groups", "weight", "bias", "eps"), args, kwargs)
-            grouped = a.unflatten(1, (groups, -1))
-            axes = list(range(2, grouped.dim()))
-            out = self._scaled(grouped - grouped.mean(axes, keepdim=True), axes, 1e-5 if eps is None else eps)
-            out, wide = out.flatten(1, 2), (1, -1, *[1] * (a.dim() - 2))
-            return (out if weight is None else out * weight.view(wide)) + (0 if bias is None else bias.view(wide))
         if name == "normalize":
             p, axis, eps = _arguments(("p", "dim", "eps"), args, kwargs)
             norm = a.detach().norm(2 if p is None else p, 1 if axis is None else axis, keepdim=True)

@@ -404,7 +404,7 @@ class Trace(Pass):
         """A name for what ends at h, averaged at a time: the part of the trunk in which the last layer lies, or it."""
         layers = [c for c in self.calls if c.end < before and not c.children and not issubclass(self.kind(c), QUIET)]
         last = layers[-1].name if layers else H
-        return next((c.name for c in self.trunk(before)[-1:] if last.startswith(c.name)), last)
+        return next((c.name for c in reversed(self.trunk(before)) if f"{last}.".startswith(f"{c.name}.")), last)
 
     def stride(self, size: Sequence[int]) -> int:
         """The resolution as the power of two that divides the image's."""
