@@ -291,6 +291,16 @@ def test_what_is_explained_is_what_the_module_returns(output):
     assert made.form == "linear" and theorem1_residual(made, x) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "pool", [lambda h: F.adaptive_max_pool2d(h, 1), lambda h: F.conv2d(h, h.new_ones(8, 1, 16, 16), groups=8)]
+)
+def test_one_position_made_of_many_is_no_average(pool):
+    made = Network(Returning(lambda m, h, z: m.fc(pool(h).flatten(1))), input=pixels(32))
+    with torch.no_grad():
+        assert torch.equal(made(noise(made)), made.module(noise(made)))
+    assert not made.form and made.between and [tuple(u.shape[2:]) for u in made.activations(noise(made))] == [(16, 16)]
+
+
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "sigmoid"])
 def test_probabilities_are_undone(name):
     f = torch.sigmoid if name == "sigmoid" else getattr(F, name)

@@ -369,12 +369,19 @@ class Trace(Pass):
         return sorted(alike, key=lambda m: (len(m[0].shape), m[0].time), reverse=True)
 
     def one_position(self, vector: Value) -> list[tuple[Value, Layout]]:
-        """The first map of one position that is this value: it is its own mean."""
-        z = vector.means[0]
+        """The first map of one position that is this value: it is its own mean.
+
+        A step from more than 3 x 3 positions to one is a pool of another kind, or a layer that tells them apart.
+        """
         for value in self.values:
-            if len(value.shape) == 4 and value.vector is not None and equal(value.means[0], z, value.close):
+            if (
+                len(value.shape) == 4
+                and value.vector is not None
+                and equal(value.means[0], vector.means[0], value.close)
+            ):
+                before = [call.size_out for call in self.trunk(value.time) if max(call.size_out) > 1]
                 axis = 1 if value.shape[2:] == (1, 1) else 3
-                return [(value, Layout(axis, (1, 1)))]
+                return [(value, Layout(axis, (1, 1)))] if not before or max(before[-1]) <= 3 else []
         return []
 
     def taken_for(self, value: Value) -> list[tuple[Value, Layout]]:
