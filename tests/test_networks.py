@@ -292,7 +292,11 @@ def test_what_is_explained_is_what_the_module_returns(output):
 
 
 @pytest.mark.parametrize(
-    "pool", [lambda h: F.adaptive_max_pool2d(h, 1), lambda h: F.conv2d(h, h.new_ones(8, 1, 16, 16), groups=8)]
+    "pool",
+    [
+        lambda h: F.adaptive_max_pool2d(h, 1),
+        lambda h: F.conv2d(h, torch.linspace(-1, 2, 2048).view(8, 1, 16, 16), groups=8),
+    ],
 )
 def test_one_position_made_of_many_is_no_average(pool):
     made = Network(Returning(lambda m, h, z: m.fc(pool(h).flatten(1))), input=pixels(32))
