@@ -29,7 +29,7 @@ from kmex_utils.networks import network, theorem1_residual
 from kmex_utils.store import replacing
 
 LARGEST = 100e6  # parameters
-OF_A_KIND = 3  # timm's networks of one module file and one class of head: the smallest, the largest, one between
+OF_A_KIND = 4  # timm's networks of one module file and one class of head: the smallest, the largest, one between
 SECONDS, BYTES = 600, 9 * 2**30  # for one network: efficientnet_b7 took 172 s on a shared core, and 2.9 GiB
 SAME = 1e-4  # of scores or h, relative to the largest: rounding stays two powers of ten below
 COLUMNS = (

@@ -232,7 +232,8 @@ class _Flow(TorchDispatchMode):
         return self.cuts.get(self.key(x), frozenset())
 
     def mark(self, x: Tensor, call: int) -> None:
-        if self.key(x) in self.cuts:
+        part = x.numel() * x.element_size() < x.untyped_storage().nbytes()  # as tokens without their class token
+        if self.key(x) in self.cuts and not part:
             self.cuts[self.key(x)] |= {call}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
