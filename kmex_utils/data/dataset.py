@@ -170,9 +170,7 @@ def load(
         if listing.pixels is not None:
             pixels = _resized(listing.pixels, index, input.size, reading)
         else:
-            kept_there = (
-                strict and data is not None and len(index) and not input.transform
-            )  # a transform may be changed
+            kept_there = strict and data is not None and len(index) and not input.transform  # its code may change
             cache = downloads / "cache" / f"{name}-{split}" if kept_there else None
             pixels, index = _decoded(listing, index, input, reading, cache)
         return Images(pixels, torch.from_numpy(labels[index]), tuple(listing.names[i] for i in index))

@@ -289,7 +289,7 @@ class Explained:
     @torch.no_grad()
     @exact()
     def see_inputs(self, inputs: torch.Tensor) -> Seen:
-        """The same of what enters the network, float32 [n, 3, H, W], where the network is."""
+        """The same of what enters the network, float32 [n, 1 or 3, H, W], where the network is."""
         x, y = self.network.eval().outputs(inputs)
         double = [u.to(double_device(u.device)) for u in x]
         maps = {b: explainer.sim(explainer.h(double)).cpu() for b, explainer in self.explainers.items()}

@@ -470,8 +470,7 @@ def load(
     """The network that :meth:`Network.save` wrote, frozen; checked by the fingerprint of its weights and by its scores.
 
     ``module`` is your own, where it is not one of torchvision or timm, and so is ``transform``. What is missing,
-    damaged or differs is one line
-    of FileNotFoundError, ValueError or ConnectionError.
+    damaged or differs is one line of FileNotFoundError, ValueError or ConnectionError.
     """
     folder = paths.located(folder)
     path = folder / SETTINGS
