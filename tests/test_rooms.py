@@ -21,8 +21,9 @@ ROOMS = {  # what each may import beside itself
     "networks": GROUND | {"data", "method"},
     "training": CORE,
     "explanation": CORE,
-    "paper": CORE | {"training", "explanation"},
-    "cli": CORE | {"explanation", "paper"},
+    "evaluation": CORE | {"explanation"},
+    "paper": CORE | {"training", "explanation", "evaluation"},
+    "cli": CORE | {"explanation", "evaluation", "paper"},
     "__init__": {"networks", "explanation"},
     "__main__": {"cli"},
 }
