@@ -6,7 +6,9 @@ import torch
 from kmex_utils.data.annotations import Parts
 from kmex_utils.evaluation import fidelity as f
 from kmex_utils.method.composite import Normalisation, composite
+from kmex_utils.method.explainers import EncoderKMeans
 from kmex_utils.method.operator import CompositeRows
+from kmex_utils.method.prototypes import Prototypes
 
 NAMES = ("beak", "left wing", "right wing", "tail")
 
@@ -138,6 +140,30 @@ def test_resampled_maps_take_what_lies_at_the_centre():
     assert f.resampled(maps, (2, 2)).tolist() == [[[5, 7], [13, 15]]]
     assert torch.equal(f.resampled(maps, (8, 8)), maps.repeat_interleave(2, 1).repeat_interleave(2, 2))
     assert torch.equal(f.resampled(f.resampled(maps, (8, 8)), (4, 4)), maps)
+
+
+def test_finer_maps_are_the_argmax_of_upsampled_similarities():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.rand(3, 6, 4, 4, generator=generator, dtype=torch.float64)
+    p = torch.rand(5, 6, generator=generator, dtype=torch.float64)
+    none = torch.zeros(5, dtype=torch.int64)
+    explainer = EncoderKMeans(Prototypes(p, none, none, none, none, torch.zeros(1)), 1, 4, Normalisation(scale="1"))
+    rows = CompositeRows([x], explainer.normalisation)
+    unit = x / x.norm(dim=1, keepdim=True)
+    distance = (unit[:, None] - p[:, :, None, None]).square().sum(2)
+    expected = torch.nn.functional.interpolate(distance, (8, 12), mode="bilinear").argmin(1)
+    assert (f.finer(explainer, rows, (8, 12)) == expected).double().mean() > 0.99  # but for ties' rounding
+    assert torch.equal(f.finer(explainer, rows, (4, 4)), explainer.sim(rows))
+
+
+def test_a_difference_is_found_where_there_is_one():
+    parts = {"train": some_parts(100, 12), "test": some_parts(100, 13)}
+    good = {split: the_parts_themselves(of, (64, 64)) for split, of in parts.items()}
+    half = {split: torch.where(torch.arange(100)[:, None, None] % 2 == 0, q, 4) for split, q in good.items()}
+    best, worse = (f.fidelity(maps, parts, 5) for maps in (good, half))
+    value, low, high = f.difference(best, worse, "purity")
+    assert low < value < high and low > 0
+    assert f.difference(best, best, "nmi") == (0, 0, 0)
 
 
 # --- the same thing in every image? ----------------------------------------------------------------------------------
