@@ -48,6 +48,14 @@ class Parts:
         row, column = ((share * n).long().clamp_max(n - 1) for share, n in zip((self.y, self.x), grid, strict=True))
         return row * grid[1] + column
 
+    def of(self, index: torch.Tensor) -> "Parts":
+        """Those of some images [n'], counted anew in the order of the index."""
+        place = torch.full((self.images,), -1)
+        place[index] = torch.arange(len(index))
+        image = place[self.image]
+        rest = (of[image >= 0] for of in (image, self.part, self.y, self.x))
+        return Parts(self.names, len(index), *rest)
+
     def without_sides(self) -> "Parts":
         """Left and right of a part as one, by the first word of their names."""
         bare = [name.removeprefix("left ").removeprefix("right ") for name in self.names]
