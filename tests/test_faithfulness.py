@@ -339,14 +339,10 @@ def test_controls():
 
 
 def test_summary_is_mean_and_standard_error():
-    records = faithfulness.summary({"a": torch.tensor([1.0, 3.0, torch.nan])}, {"a": torch.tensor([0.0, 1.0, 7.0])})
-    (record,) = records
-    assert (
-        record["value"] == 2
-        and record["spread"] == pytest.approx(1.0)
-        and record["margin_spread"] == pytest.approx(0.5)
-    )
-    assert faithfulness.summary({"a": torch.tensor([1.0, 3.0])}, {"a": 0.5})[0]["null"] == 0.5
+    values, null = torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([0.0, 1.0, 7.0])
+    (record,) = faithfulness.summary({"a": values}, {"a": null})
+    assert record["measure"] == "a" and record["value"] == 2 and record["spread"] == pytest.approx(1.0)
+    assert record["null"] == pytest.approx(8 / 3) and record["margin_spread"] == pytest.approx(0.5)
 
 
 # --- of an explanation ----------------------------------------------------------------------------------------------

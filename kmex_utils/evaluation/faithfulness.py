@@ -147,22 +147,6 @@ def area(
     return torch.trapezoid(value.gather(1, last), share, dim=1)
 
 
-def curves(
-    y: Scores, x: torch.Tensor, target: torch.Tensor, att: torch.Tensor, steps: int = 20, seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """Areas of deletion (low is good) and insertion (high is good) with both fills, and of ROAD (low), [N] each.
-
-    ``att`` at the images' size. ROAD removes 20, 40, 60 and 80 %, and its area takes in both ends as deletion's does.
-    """
-    step, fills = steps_of(att, steps), {"mean colour": mean_colour(x), "blur": blurred(x)}
-    found = {}
-    for name, insertion in (("deletion", False), ("insertion", True)):
-        for of, fill in fills.items():
-            found[f"{name}, {of}"] = area(y, x, target, step, fill, insertion=insertion)
-    found["ROAD"] = area(y, x, target, steps_of(att, ROAD_LEVELS + 1), None, seed=seed)
-    return found
-
-
 # --- where it is, and what the head makes of it -----------------------------------------------------------------------
 
 
@@ -304,11 +288,97 @@ def at_pixels(att: torch.Tensor, size: Sequence[int], smooth: bool = False) -> t
     return F.interpolate(att[:, None], tuple(size), mode="nearest")[:, 0]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- all of it on some images ---------------------------------------------------------------------------------------
 
 
-def summary(values: Mapping[str, torch.Tensor], null: Mapping[str, torch.Tensor | float]) -> list[dict[str, Any]]:
-    """A record for each measure from its values [N] of the images and those of a ``null``, or its known value.
+class Bench:
+    """Images of one network on which attributions are measured, with what does not depend on the attribution.
+
+    Parameters
+    ----------
+    network, x
+        Measured is where both are.
+    target
+        Classes [N]; None: the predicted ones.
+    steps, seed
+        Of deletion and insertion; the seed of every random draw.
+    mean
+        The mean row of h over training images, [D], for exact deletion; None: without. Refused (ValueError) where the
+        head is not linear.
+    boxes
+        [N, 4] as :func:`localisation` takes them, NaN where unknown; None: without.
+
+    Attributes
+    ----------
+    target, h
+        Classes [N] and encoder outputs [N, D, H, W].
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        x: torch.Tensor,
+        target: torch.Tensor | None = None,
+        *,
+        steps: int = 20,
+        seed: int = 0,
+        mean: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
+    ) -> None:
+        if mean is not None and network.form != "linear":
+            raise ValueError(f"exact deletion needs a linear head, {network.name} has none: leave mean out")
+        self.network, self.x, self.steps, self.seed, self.mean, self.boxes = network.eval(), x, steps, seed, mean, boxes
+        with torch.no_grad(), exact():
+            passes = [network.outputs(part) for part in x.split(BATCH)]
+        self.h = torch.cat([activations[-1] for activations, _ in passes])
+        self.target = torch.cat([y for _, y in passes]).argmax(1) if target is None else target.to(x.device)
+        self.y, self.fills = probabilities(network), {"mean colour": mean_colour(x), "blur": blurred(x)}
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def measure(self, att: torch.Tensor, smooth: bool = False) -> dict[str, torch.Tensor]:
+        """Every measure of an attribution on a grid of its own, by name, [N] each.
+
+        ``deletion`` and ``ROAD`` are good where low, ``insertion`` where high, all between 0 and 1; ``smooth`` as in
+        :func:`at_pixels`. ROAD's area takes in both ends, as deletion's does.
+        """
+        att = att.to(self.x.device)
+        values = self._areas(att, smooth)
+        if self.mean is not None:
+            c_j = self.network.c.detach()[self.target]
+            values["exact deletion"] = exact_deletion(att, effects(self.h, c_j, self.mean.to(c_j), att.shape[1:]))
+        if self.boxes is not None:
+            inside = localisation(at_pixels(att, self.x.shape[2:], smooth), self.boxes)
+            values |= {name: inside[name] for name in ("pointing game", "energy inside")}
+        return values
+
+    def null(self, att: torch.Tensor, smooth: bool = False) -> dict[str, torch.Tensor]:
+        """The same pieces in random order; of localisation the box's share, of exact deletion ½, their means."""
+        values = self._areas(random_order(att.to(self.x.device), self.generator), smooth)
+        if self.mean is not None:
+            values["exact deletion"] = torch.full((len(att),), 0.5)
+        if self.boxes is not None:
+            share = localisation(torch.ones_like(self.x[:, 0]), self.boxes)["box"]
+            share[self.boxes.isnan().any(1)] = torch.nan
+            values |= {name: share for name in ("pointing game", "energy inside")}
+        return values
+
+    def with_ties_broken(self, att: torch.Tensor) -> torch.Tensor:
+        """Deletion with the mean colour in one random order of tied pixels, [N]."""
+        ranks = shuffled_ties(at_pixels(att.to(self.x.device), self.x.shape[2:]), self.generator)
+        return area(self.y, self.x, self.target, steps_of(ranks, self.steps), self.fills["mean colour"])
+
+    def _areas(self, att: torch.Tensor, smooth: bool) -> dict[str, torch.Tensor]:
+        sized = at_pixels(att, self.x.shape[2:], smooth)
+        step, on = steps_of(sized, self.steps), (self.y, self.x, self.target)
+        values = {}
+        for name, insertion in (("deletion", False), ("insertion", True)):
+            for of, fill in self.fills.items():
+                values[f"{name}, {of}"] = area(*on, step, fill, insertion=insertion)
+        return values | {"ROAD": area(*on, steps_of(sized, ROAD_LEVELS + 1), None, seed=self.seed)}
+
+
+def summary(values: Mapping[str, torch.Tensor], null: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """A record for each measure from its values [N] of the images and those of a null.
 
     ``value`` and ``null`` are means, ``spread`` is the standard error of the mean over images, ``margin_spread`` that
     of the difference from the null, image by image. NaN are left out.
@@ -319,9 +389,8 @@ def summary(values: Mapping[str, torch.Tensor], null: Mapping[str, torch.Tensor 
         return float(there.std() / len(there) ** 0.5)
 
     records = []
-    for measure, of_images in values.items():
-        of_images = of_images.double().cpu()
-        of_null = torch.as_tensor(null[measure], dtype=torch.float64).cpu().expand_as(of_images)
+    for measure in values:
+        of_images, of_null = values[measure].double().cpu(), null[measure].double().cpu()
         record = {"measure": measure, "value": float(of_images.nanmean()), "spread": error(of_images)}
         records.append({**record, "null": float(of_null.nanmean()), "margin_spread": error(of_images - of_null)})
     return records
@@ -344,19 +413,14 @@ def table(
     by_block, raw = (explained.attributions(seen, start=start) for start in ("segments", "raw"))
     if by_block is None or raw is None:
         raise ValueError(f"there are no attributions, as eq. 11 does not hold for {network.name}: {network.between}")
-    size, generator = x.shape[2:], torch.Generator().manual_seed(seed)
-    y, target = probabilities(network), seen.y.argmax(1).to(device)
-    random = torch.rand(len(x), *size, generator=generator).to(device)
-    controls = {"centre": centre(x), "edges": edges(x), "random pixels": random}
+    bench = Bench(network, x, steps=steps, seed=seed)
+    random = bench.null(torch.rand(x[:, 0].shape, generator=bench.generator))
     on_grids = {explained.name(b): att for b, att in by_block.items()} | {"CAM": raw[explained.start_blocks[0]]}
-    found, nulls = {}, {}
+    found = {}
     for name, att in on_grids.items():
-        pieces = (att.to(device), random_order(att, generator).to(device))
-        sized = (at_pixels(values, size, smooth=name == "CAM") for values in pieces)
-        found[name], nulls[name] = (curves(y, x, target, values, steps, seed) for values in sized)
-    found |= {name: curves(y, x, target, att, steps, seed) for name, att in controls.items()}
+        smooth = name == "CAM"
+        found[name] = bench.measure(att, smooth), bench.null(att, smooth)
+    found |= {name: (bench.measure(att), random) for name, att in (("centre", centre(x)), ("edges", edges(x)))}
     network.cpu()
-    rows = [
-        (name, record) for name in found for record in summary(found[name], nulls.get(name, found["random pixels"]))
-    ]
-    return pd.DataFrame([{"method": name, **record} for name, record in rows])
+    found["random pixels"] = random, random
+    return pd.DataFrame([{"method": name, **record} for name in found for record in summary(*found[name])])
