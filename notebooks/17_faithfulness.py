@@ -73,172 +73,275 @@ from dataclasses import replace
 
 import torch
 
-from kmex_utils.data import annotations as known
+from kmex_utils.data.annotations import boxes as known_boxes
 from kmex_utils.data.dataset import Images
 
 
 def some(whole, seed):
-    """The data set of those images alone, and the boxes of the test images, or None."""
-    labels = whole.train.labels
+    """The data set of those images alone, and the boxes of its test images, or None."""
+    labels, parts = whole.train.labels, {}
     first = [(labels == c).nonzero().flatten()[: fit_on or None] for c in range(len(whole.classes))]
     drawn = torch.randperm(len(whole.test), generator=torch.Generator().manual_seed(seed))[:images].sort().values
-    parts = {}
     for split, index in (("train", torch.cat(first).sort().values), ("test", drawn)):
-        of, i = whole.split(split), index.numpy()
-        parts[split] = Images(of.pixels[i], of.labels[index], tuple(of.names[n] for n in i))
+        of = whole.split(split)
+        parts[split] = Images(of.pixels[index.numpy()], of.labels[index], tuple(of.names[i] for i in index))
     has_boxes = annotations or (whole.settings["source"] == "cub200" and not whole.settings["crop"])
-    return replace(whole, **parts), known.boxes(whole, annotations)["test"][drawn] if has_boxes else None
+    return replace(whole, **parts), known_boxes(whole, annotations)["test"][drawn] if has_boxes else None
 
 
 # %% [markdown]
 # ## Ours
 #
-# Maps and att(b:) of the predicted class from every start block, with the seconds of an image, pass included.
+# For each factor the prototypes of every start block, from one pass; of the first factor some more fits from other
+# seeds, whose differences are the noise floor.
 
 # %%
-import time
-
-from kmex_utils.explanation.explained import Explained
-from kmex_utils.method.attribution import attribution, carried
-
-
-def explained_by(network, passed, normalisation, k, seed):
-    explained = Explained(network, None, {"dataset": dataset, "classes": passed.classes})
-    for b in range(passed.blocks, start_block - 1, -1):
-        options = {"seed": seed, "restarts": restarts}
-        explained.explainers[b] = passed.fit_encoder(b, normalisation, k, **options)
-    return explained
-
-
-def ours(explained, x, target):
-    """For each start block: map, att(b:), seconds of an image."""
-    network, explainers = explained.network.to(device), explained.explainers
-    for b in explained.start_blocks:
-        start = time.perf_counter()
-        explained.explainers = {other: explainers[other] for other in explainers if other >= b}
-        seen = explained.see_inputs(x)
-        att = carried(attribution(seen.h, network.c[target].detach().cpu()), seen.maps)[b]
-        yield b, seen.maps[b], att, (time.perf_counter() - start) / len(x)
-    explained.explainers = explainers
-
-
-# %% [markdown]
-# ## What it is compared with
-#
-# captum's Grad-CAM, Integrated Gradients (50 steps from the mean colour) and occlusion (a seventh of the side, by half of
-# it) as they come, attributions added up over channels. LayerCAM is captum's gradient times activation, its positive
-# part added up over channels, at the last block and at the second. RISE follows its paper. CAM is eq. 11 as it is.
-
-# %%
-from captum.attr import IntegratedGradients, LayerGradCam, LayerGradientXActivation, Occlusion
-
 from kmex_utils.evaluation import faithfulness
+from kmex_utils.explanation.explained import Explained
+from kmex_utils.explanation.passed import Passed
 
 
-def others(network, y):
-    """Functions from images and classes to attributions, by name."""
-    second, last = (network.module.get_submodule(network.blocks[b]) for b in (1, -1))
-    window = [max(1, side // 7) for side in network.input.size]
-    sliding = {"sliding_window_shapes": (3, *window), "strides": (3, *(max(1, side // 2) for side in window))}
-
-    def layer_cam(x, j, layer=last):
-        return LayerGradientXActivation(network, layer).attribute(x, j).relu().sum(1)
-
-    return {
-        "CAM": lambda x, j: attribution(network.activations(x)[-1], network.c[j]),
-        "Grad-CAM": lambda x, j: LayerGradCam(network, last).attribute(x, j, relu_attributions=True)[:, 0],
-        "LayerCAM": layer_cam,
-        "LayerCAM, block 2": lambda x, j: layer_cam(x, j, second),
-        "Integrated Gradients": lambda x, j: (
-            IntegratedGradients(network).attribute(x, target=j, internal_batch_size=len(x)).sum(1)
-        ),
-        "occlusion": lambda x, j: Occlusion(network).attribute(x, target=j, perturbations_per_eval=8, **sliding).sum(1),
-        "RISE": lambda x, j: faithfulness.rise(y, x, j, rise_masks),
-    }
+def fitted(run, network, passed):
+    """(factor, draw, what explains with it)."""
+    k = prototypes_per_class or run.settings()["prototypes_per_class"]
+    for scale, draw in [*((scale, 0) for scale in scales), *((scales[0], 1 + i) for i in range(refits))]:
+        explained = Explained(network, None, {"dataset": dataset, "classes": passed.classes})
+        for b in range(passed.blocks, start_block - 1, -1):
+            options = {"seed": run.seed + 101 * draw, "restarts": restarts}  # apart from the trainings' seeds
+            explained.explainers[b] = passed.fit_encoder(b, normalisations[scale], k, **options)
+        yield scale, draw, explained
 
 
 # %% [markdown]
-# Each on ten images at a time, with the seconds of one. The controls know no network, or no image, or neither.
+# Each training with its images on the bench: what does not depend on an attribution is computed once.
 
 # %%
-SMOOTH = ("CAM", "Grad-CAM", "LayerCAM", "LayerCAM, block 2", "random cells")  # shown enlarged bilinearly
-PIXELS = ("Integrated Gradients", "edges", "random pixels")  # their pieces are pixels, those of the others cells
-
-
-def timed(method, x, target):
-    start, parts = time.perf_counter(), []
-    for images_of, classes in zip(x.split(10), target.split(10), strict=True):
-        parts.append(method(images_of.clone().requires_grad_(), classes).detach().float())
-    return torch.cat(parts), (time.perf_counter() - start) / len(x)
-
-
-def controls(x, grid, seed):
-    generator = torch.Generator().manual_seed(seed)
-    random = {"random pixels": x.shape[2:], "random cells": grid}
-    drawn = {name: torch.rand(len(x), *size, generator=generator).to(x.device) for name, size in random.items()}
-    return {**drawn, "centre": faithfulness.centre(x), "edges": faithfulness.edges(x)}
-
+benches, explainers, parts = {}, {}, {}
+for run in all_runs:
+    part, boxes = some(run.dataset(), run.seed)
+    network = run.network().to(device)
+    passed, x = Passed.of(network, part, start_block, device=device), part.input(part.test.pixels, device)
+    how = {"steps": steps, "seed": run.seed, "mean": passed.z("train").mean(0), "boxes": boxes}
+    benches[run.seed], parts[run.seed] = faithfulness.Bench(network.to(device), x, **how), part
+    explainers[run.seed] = list(fitted(run, network, passed))
+print("boxes: localisation is measured" if boxes is not None else "no boxes: localisation is left out")
 
 # %% [markdown]
 # ## Measured
 #
-# One attribution by all measures, image by image. For ours the null is the attribution's own segments in random order;
-# for others random pixels or random cells of the last block; for localisation the box's share of the image, for exact
-# deletion the straight line.
+# A record for each measure of an attribution. The null of ours are its own segments in random order; of other
+# attributions random pixels, or random cells of the last block enlarged as they are. Of localisation it is the box's
+# share of the image, of exact deletion the straight line. Both random orders are controls, too; of the other two one
+# sees no image, one no network.
+
+# %%
+rows, nulls = [], {}
+
+
+def add(seed, method, att, values, null, seconds=0.0, scale="", draw=0):
+    of = {"method": method, "scale": scale, "draw": draw, "seed": seed, "seconds": seconds}
+    of |= {"grid": "x".join(map(str, att.shape[1:])), "images": len(att)}
+    rows.extend({**of, **record} for record in faithfulness.summary(values, null))
+
+
+for seed, bench in benches.items():
+    generator = torch.Generator().manual_seed(seed)
+    for name, size in (("random pixels", bench.x.shape[2:]), ("random cells", bench.h.shape[2:])):
+        att = torch.rand(len(bench.x), *size, generator=generator)
+        nulls[seed, name] = bench.null(att, smooth=name == "random cells")
+        add(seed, name, att, nulls[seed, name], nulls[seed, name])
+    for name, att in (("centre", faithfulness.centre(bench.x)), ("edges", faithfulness.edges(bench.x))):
+        add(seed, name, att, bench.measure(att), nulls[seed, "random pixels"])
+
+# %% [markdown]
+# Ours, with the seconds of an image, its pass included. Of B4 all factors are the same.
+
+# %%
+import time
+
+from kmex_utils.method.attribution import attribution, carried
+
+
+def attributed(explained, bench, b):
+    """The map q_s(b:) and att(b:) of the images, from that network's activations and the bench's classes."""
+    part = Explained(explained.network, None, explained.settings)
+    part.explainers = {other: explainer for other, explainer in explained.explainers.items() if other >= b}
+    seen = part.see_inputs(bench.x)
+    att = attribution(seen.h, part.network.c.detach()[bench.target].cpu())
+    return seen.maps[b], carried(att, seen.maps)[b]
 
 
 # %%
-def measured(att, smooth, x, target, y, boxes, effect):
-    """Values [N] by measure; ``effect`` gives what each position of a grid is worth."""
-    sized = faithfulness.at_pixels(att, x.shape[2:], smooth)
-    values = faithfulness.curves(y, x, target, sized, steps)
-    values["exact deletion"] = faithfulness.exact_deletion(att, effect(att.shape[1:]))
-    if boxes is not None:
-        inside = faithfulness.localisation(sized, boxes.to(x))
-        values |= {measure: inside[measure] for measure in ("pointing game", "energy inside")}
-    return values
+of_ours = {}  # map and attribution
+for seed, bench in benches.items():
+    for scale, draw, explained in explainers[seed]:
+        for b in explained.start_blocks if scale == scales[0] else explained.start_blocks[1:]:
+            start = time.perf_counter()
+            q_s, att = of_ours[seed, scale, draw, b] = attributed(explained, bench, b)
+            seconds, key = (time.perf_counter() - start) / len(att), (seed, scale, b)
+            if key not in nulls:  # refits are measured against the first fit's
+                nulls[key] = bench.null(att)
+            add(seed, explained.name(b), att, bench.measure(att), nulls[key], seconds, scale, draw)
+
+# %% [markdown]
+# ## What it is compared with
+#
+# CAM is eq. 11 as it is. captum's Grad-CAM, Integrated Gradients (50 steps from the mean colour) and occlusion (windows
+# of a seventh of the side, half of it apart) as they come, added up over channels. LayerCAM is captum's gradient times
+# activation, its positive part added up over channels, at the last block and at the second. RISE follows its paper.
+
+# %%
+from captum.attr import IntegratedGradients, LayerGradCam, LayerGradientXActivation, Occlusion
 
 
-def ties(att, x, target, y, seed):
-    """Deletion with ties broken at random, once for each order."""
-    sized, generator = faithfulness.at_pixels(att, x.shape[2:]), torch.Generator().manual_seed(seed)
-    for _ in range(tie_orders):
-        step = faithfulness.steps_of(faithfulness.shuffled_ties(sized, generator), steps)
-        yield faithfulness.area(y, x, target, step, faithfulness.mean_colour(x))
+def others(bench):
+    """Functions from images and classes to attributions, by name."""
+    network = bench.network
+    second, last = (network.module.get_submodule(network.blocks[b]) for b in (1, -1))
+    windows, strides = ((3, *(max(1, side // n) for side in network.input.size)) for n in (7, 14))
+    slide = {"sliding_window_shapes": windows, "strides": strides, "perturbations_per_eval": 8}
+    gradients = [LayerGradientXActivation(network, layer) for layer in (last, second)]
+    return {
+        "CAM": lambda x, j: attribution(network.activations(x)[-1], network.c[j]),
+        "Grad-CAM": lambda x, j: LayerGradCam(network, last).attribute(x, j, relu_attributions=True)[:, 0],
+        "LayerCAM": lambda x, j: gradients[0].attribute(x, j).relu().sum(1),
+        "LayerCAM, block 2": lambda x, j: gradients[1].attribute(x, j).relu().sum(1),
+        "Integrated Gradients": lambda x, j: (
+            IntegratedGradients(network).attribute(x, target=j, internal_batch_size=len(x)).sum(1)
+        ),
+        "occlusion": lambda x, j: Occlusion(network).attribute(x, target=j, **slide).sum(1),
+        "RISE": lambda x, j: faithfulness.rise(bench.y, x, j, rise_masks),
+    }
 
 
 # %% [markdown]
-# All attributions of one training. `draw` counts refits and tie orders; its first is 0.
-
+# Each on ten images at a time. Maps of a block are enlarged bilinearly, as is their custom.
 
 # %%
-def study(run):
-    """Records of every method and measure."""
-    (data, boxes), network = some(run.dataset(), run.seed), run.network()
-    passed = Passed.of(network, data, start_block, device=device)
-    x, y = data.input(data.test.pixels, device), faithfulness.probabilities(network.to(device))
-    target, h = passed.y["test"].argmax(1).to(device), passed.x["test"].read(torch.arange(len(x)), passed.blocks)[0]
-    mean, columns = passed.z("train").mean(0), network.c.detach().cpu()[target.cpu()]
-    known = {"x": x, "target": target, "y": y, "boxes": boxes}
-    known["effect"] = lambda grid: faithfulness.effects(h, columns, mean, grid).to(device)
-    fixed = {"exact deletion": 0.5}
-    if boxes is not None:
-        share = faithfulness.localisation(torch.ones(x[:, 0].shape), boxes)["box"]
-        share[boxes.isnan().any(1)] = torch.nan
-        fixed |= {"pointing game": share, "energy inside": share}
+for seed, bench in benches.items():
+    for name, method in others(bench).items():
+        start, made = time.perf_counter(), []
+        for x, target in zip(bench.x.split(10), bench.target.split(10), strict=True):
+            made.append(method(x.clone().requires_grad_(), target).detach().float())
+        seconds, att = (time.perf_counter() - start) / len(bench.x), torch.cat(made)
+        null = nulls[seed, "random pixels" if name == "Integrated Gradients" else "random cells"]
+        add(seed, name, att, bench.measure(att, smooth="CAM" in name), null, seconds)
 
-    def records(method, att, values, null, seconds, scale="", draw=0):
-        of = {"method": method, "scale": scale, "draw": draw, "seed": run.seed, "images": len(x), "seconds": seconds}
-        of["grid"] = "x".join(map(str, att.shape[1:]))
-        return [{**of, **record} for record in faithfulness.summary(values, {**null, **fixed})]
+# %% [markdown]
+# ## Ties broken at random
+#
+# What metrics print that rank single pixels: deletion of ours in several random orders of tied pixels. Removing single
+# pixels here and there disturbs a network more than removing a segment, so these numbers are lower.
 
-    rows, nulls = [], {}
-    for name, att in controls(x, h.shape[2:], run.seed).items():
-        values = measured(att, name in SMOOTH, **known)
-        nulls[name] = values if name.startswith("random") else {}
-        rows += records(name, att, values, nulls["random pixels" if name in PIXELS else "random cells"], 0.0)
-    for name, method in others(network, y).items():
-        att, seconds = timed(method, x, target)
-        values = measured(att, name in SMOOTH, **known)
-        rows += records(name, att, values, nulls["random pixels" if name in PIXELS else "random cells"], seconds)
-    return rows
+# %%
+for (seed, scale, draw, b), (_, att) in of_ours.items():
+    for order in range(tie_orders if draw == 0 else 0):
+        values = {"deletion, ties at random": benches[seed].with_ties_broken(att)}
+        null = {"deletion, ties at random": nulls[seed, "random pixels"]["deletion, mean colour"]}
+        add(seed, explainers[seed][0][2].name(b), att, values, null, scale=scale, draw=order)
+
+# %% [markdown]
+# ## Does it depend on the network at all?
+#
+# The network is randomised from the head down, block by block, and prototypes are fitted anew (the first factor). Maps
+# are compared with the original by adjusted Rand index, attributions by Spearman's correlation: both must fall. A refit
+# of the network as it is says how far they can agree.
+
+# %%
+for seed, bench in benches.items():
+    run, last = Run.of(runs, dataset, seed), len(bench.network.blocks)
+    stages = [("refit", explainers[seed][len(scales)][2])] if refits else []
+    for block in range(last + 1, 0, -1):
+        network = faithfulness.randomised(bench.network, block, seed).to(device)
+        passed = Passed.of(network, parts[seed], start_block, device=device)
+        network.to(device)
+        stages.append(("head" if block > last else f"block {block}", next(fitted(run, network, passed))[2]))
+    for stage, explained in stages:
+        for b in explained.start_blocks:
+            (map_before, before), (q_s, att) = of_ours[seed, scales[0], 0, b], attributed(explained, bench, b)
+            values = {f"adjusted Rand, {stage}": faithfulness.adjusted_rand(map_before, q_s)}
+            values[f"Spearman, {stage}"] = faithfulness.spearman(before, att)
+            null = dict.fromkeys(values, torch.zeros(len(att)))
+            add(seed, explained.name(b), att, values, null, scale=scales[0])
+
+# %% [markdown]
+# ## The table
+#
+# Means over images and trainings; `spread` in the file is the standard error over images. Compare a number with its
+# null in the second table: where both are alike, the order of the pieces says nothing.
+
+# %%
+import pandas as pd
+
+from kmex_utils import paths
+from kmex_utils.store import save_text
+
+folder, records = paths.resolve(figures_folder) / dataset, pd.DataFrame(rows)
+first = ["method", "scale", "draw", "measure", "value", "spread", "null", "margin_spread"]
+records = records[[*first, "seed", "grid", "images", "seconds"]]
+save_text(folder / "faithfulness.csv", records.to_csv(index=False, float_format="%.6g"))
+records["shown"] = records.method + records.scale.map(lambda scale: f", {scale}" if scale else "")
+values = records[(records.draw == 0) & ~records.measure.str.contains("Rand|Spearman|ties")]
+values.pivot_table(index="shown", columns="measure", values="value", sort=False).round(3)
+
+# %%
+margins = values.assign(margin=values.value - values.null)
+margins.pivot_table(index="shown", columns="measure", values="margin", sort=False).round(3)
+
+# %% [markdown]
+# Differences smaller than the noise floor, the standard deviation over refits, are none.
+
+# %%
+refitted = records[(records.scale == scales[0]) & records.measure.isin(values.measure)]
+refitted.groupby(["measure", "method", "seed"], sort=False)["value"].std().groupby(
+    level=[0, 1], sort=False
+).mean().unstack(0)
+
+# %% [markdown]
+# The same of one map with ties in random order: the mean and the spread over orders beside ties that go together.
+
+# %%
+broken = (
+    records[records.measure == "deletion, ties at random"].groupby("shown", sort=False)["value"].agg(["mean", "std"])
+)
+together = values[values.measure == "deletion, mean colour"].groupby("shown")["value"].mean().rename("together")
+broken.join(together).round(3)
+
+# %% [markdown]
+# The sanity check: how far maps and attributions agree with the original's. Maps do not see the head, so they stay until
+# block after block has gone; attributions must fall at once.
+
+# %%
+checked = records[records.measure.str.contains("Rand|Spearman")]
+checked.pivot_table(index="measure", columns="method", values="value", sort=False).round(2)
+
+# %% [markdown]
+# ## The picture
+#
+# A dot for each attribution, bars of two standard errors over images, a line where its null lies. Dots left of their
+# line are good where low is good; the last panel says what an image costs.
+
+# %%
+import matplotlib.pyplot as plt
+
+from kmex_utils import drawing
+from kmex_utils.paper.figures import look
+
+plt.style.use(drawing.STYLE)
+panels = {"deletion, mean colour": "low", "insertion, blur": "high", "ROAD": "low", "exact deletion": "low"}
+panels |= {name: "high" for name in ("pointing game", "energy inside") if name in set(values.measure)}
+names = list(dict.fromkeys(values.shown))[::-1]
+figure, axes = plt.subplots(1, len(panels) + 1, figsize=(1.6 * len(panels) + 4, 0.2 * len(names) + 1), sharey=True)
+for panel, (measure, good) in zip(axes, panels.items(), strict=False):
+    of = values[values.measure == measure].groupby(["shown", "method"], sort=False)
+    for (shown, method), row in of[["value", "spread", "null"]].mean().iterrows():
+        style = {**look(method), "markersize": 4, "linestyle": ""}
+        panel.errorbar(row.value, names.index(shown), xerr=2 * row.spread, elinewidth=0.9, **style)
+        panel.plot(row.null, names.index(shown), marker="|", color="0.2", markersize=7)
+    panel.set_title(f"{measure}\n({good} is good)", fontsize=8)
+for shown, seconds in values.groupby("shown")["seconds"].mean().items():
+    axes[-1].plot(seconds if seconds else float("nan"), names.index(shown), "o", color="0.4", markersize=4)
+axes[-1].set(xscale="log")
+axes[-1].set_title("seconds\nan image", fontsize=8)
+axes[0].set_yticks(range(len(names)), names)
+drawing.save(figure, folder / "faithfulness")

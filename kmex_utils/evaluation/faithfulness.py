@@ -185,13 +185,13 @@ def effects(h: torch.Tensor, c_j: torch.Tensor, mean: torch.Tensor, grid: Sequen
 def exact_deletion(att: torch.Tensor, effect: torch.Tensor) -> torch.Tensor:
     """Area under y_j while the rows of h give way to the mean row, highest ``att`` first, [N].
 
-    In shares of the mean fall of y_j over the images; ½ for an attribution that is constant, low is good. ``effect`` as
-    of :func:`effects`, on the grid of ``att``.
+    ½, the straight line of an attribution that is constant, plus what the curve's area differs from that, in shares of
+    the mean fall of y_j over the images; low is good. ``effect`` as of :func:`effects`, on the grid of ``att``.
     """
-    order = steps_of(att, att[0].numel())
+    order, fall = steps_of(att, att[0].numel()), effect.sum((1, 2))
     each = segment_mean(effect, order).flatten(1).gather(1, order.flatten(1).argsort(1))
     left = F.pad(each.flip(1).cumsum(1).flip(1), (0, 1))  # what has not been removed, from all to nothing
-    return torch.trapezoid(left, dx=1 / each.shape[1], dim=1) / effect.sum((1, 2)).mean()
+    return 0.5 + (torch.trapezoid(left, dx=1 / each.shape[1], dim=1) - fall / 2) / fall.mean()
 
 
 # --- sanity check (Adebayo et al. 2018) -------------------------------------------------------------------------------
@@ -218,11 +218,12 @@ def randomised(network: Network, block: int, seed: int = 0) -> Network:
 
 
 def adjusted_rand(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Adjusted Rand index of the segments of two maps [N, H, W] of the same images, [N]."""
+    """Adjusted Rand index of the segments of two maps [N, H, W] of the same images, [N]; NaN where both have but one."""
     from sklearn.metrics import adjusted_rand_score
 
     pairs = zip(a.flatten(1).tolist(), b.flatten(1).tolist(), strict=True)
-    return torch.tensor([adjusted_rand_score(*pair) for pair in pairs], dtype=torch.float64)
+    found = [adjusted_rand_score(u, v) if len({*u}) > 1 or len({*v}) > 1 else torch.nan for u, v in pairs]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
