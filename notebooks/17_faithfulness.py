@@ -35,16 +35,16 @@
 # %% tags=["parameters"]
 dataset: str = "mnist-mini"  # as in 01_train
 seeds: list[int] = []  # trainings to study; empty: all there are
-start_block: int = 1  # the shallowest to explain from; 1: B1234 and all before it
-scales: list[str] = ["1/D", "1/sqrt(D)", "1"]  # factors of eq. 8
+start_block: int = 2  # the shallowest to explain from; 2: B4, B34 and B234
+scales: list[str] = ["1/D", "1"]  # factors of eq. 8: 1/D, 1/sqrt(D) or 1
 prototypes_per_class: int = 0  # K/C; 0: the data set's own
-fit_on: int = 20  # prototypes come from the first so many training images of each class; 0: from all
-restarts: int = 2  # of k-means; the best is kept
+fit_on: int = 10  # prototypes come from the first so many training images of each class; 0: from all
+restarts: int = 1  # of k-means; the best is kept
 refits: int = 1  # further clusterings by the first factor, for the noise floor
-images: int = 4  # test images, drawn by the training's seed (100 for numbers to trust)
-steps: int = 5  # of a curve (20 for numbers to trust)
+images: int = 3  # test images, drawn by the training's seed (100 for numbers to trust)
+steps: int = 4  # of a curve (20 for numbers to trust)
 tie_orders: int = 2  # random orders of tied pixels, for ours
-rise_masks: int = 100  # of RISE (1000 for numbers to trust)
+rise_masks: int = 50  # of RISE (1000 for numbers to trust)
 annotations: str = ""  # boxes as a table or a folder of masks; empty: CUB-200's own, else none and no localisation
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
 threads: int = 0  # CPU threads; 0: as the environment says
@@ -125,6 +125,19 @@ for run in all_runs:
     benches[run.seed], parts[run.seed] = faithfulness.Bench(network.to(device), x, **how), part
     explainers[run.seed] = list(fitted(run, network, passed))
 print("boxes: localisation is measured" if boxes is not None else "no boxes: localisation is left out")
+
+# %% [markdown]
+# The probability of the predicted class on whole images, and on those that the curves end at. Where the fill leaves it
+# high, curves with that fill are flat and say little.
+
+# %%
+import pandas as pd
+
+kept = {}
+for seed, bench in benches.items():
+    for name, x in {"whole": bench.x, **bench.fills}.items():
+        kept[name, seed] = float(bench.y(x).gather(1, bench.target[:, None]).mean())
+pd.Series(kept).unstack().round(3)
 
 # %% [markdown]
 # ## Measured
@@ -230,8 +243,8 @@ for seed, bench in benches.items():
 # %% [markdown]
 # ## Ties broken at random
 #
-# What metrics print that rank single pixels: deletion of ours in several random orders of tied pixels. Removing single
-# pixels here and there disturbs a network more than removing a segment, so these numbers are lower.
+# What metrics print that rank single pixels: deletion of ours in several random orders of tied pixels. They stay within
+# the segments but leave them in holes, which disturbs a network in another way than a segment that goes at once.
 
 # %%
 for (seed, scale, draw, b), (_, att) in of_ours.items():
@@ -271,8 +284,6 @@ for seed, bench in benches.items():
 # null in the second table: where both are alike, the order of the pieces says nothing.
 
 # %%
-import pandas as pd
-
 from kmex_utils import paths
 from kmex_utils.store import save_text
 
@@ -308,8 +319,8 @@ together = values[values.measure == "deletion, mean colour"].groupby("shown")["v
 broken.join(together).round(3)
 
 # %% [markdown]
-# The sanity check: how far maps and attributions agree with the original's. Maps do not see the head, so they stay until
-# block after block has gone; attributions must fall at once.
+# The sanity check: how far maps and attributions agree with the original's. Maps do not see the head, so they stay as
+# they are until the blocks go; attributions must fall at once.
 
 # %%
 checked = records[records.measure.str.contains("Rand|Spearman")]
@@ -318,8 +329,9 @@ checked.pivot_table(index="measure", columns="method", values="value", sort=Fals
 # %% [markdown]
 # ## The picture
 #
-# A dot for each attribution, bars of two standard errors over images, a line where its null lies. Dots left of their
-# line are good where low is good; the last panel says what an image costs.
+# A mark for each attribution, a line where its null lies. The bar is two standard errors of the difference between the
+# two, image by image: where it reaches the line, the order of the pieces says nothing. The last panel is what an image
+# costs.
 
 # %%
 import matplotlib.pyplot as plt
@@ -334,9 +346,9 @@ names = list(dict.fromkeys(values.shown))[::-1]
 figure, axes = plt.subplots(1, len(panels) + 1, figsize=(1.6 * len(panels) + 4, 0.2 * len(names) + 1), sharey=True)
 for panel, (measure, good) in zip(axes, panels.items(), strict=False):
     of = values[values.measure == measure].groupby(["shown", "method"], sort=False)
-    for (shown, method), row in of[["value", "spread", "null"]].mean().iterrows():
+    for (shown, method), row in of[["value", "null", "margin_spread"]].mean().iterrows():
         style = {**look(method), "markersize": 4, "linestyle": ""}
-        panel.errorbar(row.value, names.index(shown), xerr=2 * row.spread, elinewidth=0.9, **style)
+        panel.errorbar(row.value, names.index(shown), xerr=2 * row.margin_spread, elinewidth=0.9, **style)
         panel.plot(row.null, names.index(shown), marker="|", color="0.2", markersize=7)
     panel.set_title(f"{measure}\n({good} is good)", fontsize=8)
 for shown, seconds in values.groupby("shown")["seconds"].mean().items():

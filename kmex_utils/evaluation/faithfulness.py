@@ -218,7 +218,7 @@ def randomised(network: Network, block: int, seed: int = 0) -> Network:
 
 
 def adjusted_rand(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Adjusted Rand index of the segments of two maps [N, H, W] of the same images, [N]; NaN where both have but one."""
+    """Adjusted Rand index of the segments of two maps [N, H, W] of the same images, [N]; NaN where both have one."""
     from sklearn.metrics import adjusted_rand_score
 
     pairs = zip(a.flatten(1).tolist(), b.flatten(1).tolist(), strict=True)
