@@ -231,7 +231,7 @@ def test_a_pixel_is_where_its_centre_is():
     found = faithfulness.localisation(att, torch.tensor([[0.24, 0.0, 0.66, 0.5]]))
     assert float(found["energy inside"]) == pytest.approx((4 + 5 + 8 + 9) / 120) and float(found["box"]) == 4 / 16
     unknown = faithfulness.localisation(att, torch.full((1, 4), torch.nan))
-    assert float(unknown["box"]) == 0
+    assert all(of_image.isnan().all() for of_image in unknown.values())
     assert faithfulness.localisation(-att, torch.tensor([[0, 0, 1, 1.0]]))["energy inside"].isnan()
 
 
@@ -347,6 +347,31 @@ def test_summary_is_mean_and_standard_error():
 
 
 # --- of an explanation ----------------------------------------------------------------------------------------------
+
+
+def test_a_bench_measures_by_these_functions(network, digits):
+    """Each part of what it says again; NaN boxes are left out of localisation."""
+    x = digits.input(digits.test.pixels[:3])
+    boxes = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.2, 0.2, 0.9, 0.9], [torch.nan] * 4])
+    bench = faithfulness.Bench(network, x, steps=3, mean=torch.zeros(512), boxes=boxes)
+    with torch.no_grad():
+        activations, y = network.outputs(x)
+    assert torch.equal(bench.target, y.argmax(1)) and torch.equal(bench.h, activations[-1])
+    att = torch.tensor([[1.0, 2], [3, 3]]).expand(3, -1, -1)
+    values, null = bench.measure(att), bench.null(att)
+    sized = att.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    on = (bench.y, x, bench.target, steps_of(sized, 3))
+    for name, fill in (("mean colour", faithfulness.mean_colour(x)), ("blur", faithfulness.blurred(x))):
+        torch.testing.assert_close(values[f"deletion, {name}"], area(*on, fill))
+        torch.testing.assert_close(values[f"insertion, {name}"], area(*on, fill, insertion=True))
+    torch.testing.assert_close(values["ROAD"], area(*on[:3], steps_of(sized, 5), None))
+    c_j = network.c[bench.target]
+    effect = faithfulness.effects(bench.h, c_j, torch.zeros(512), (2, 2))
+    torch.testing.assert_close(values["exact deletion"], faithfulness.exact_deletion(att, effect).detach())
+    assert values["pointing game"].tolist()[:2] == pytest.approx([0, float((sized[1] == 3)[6:29, 6:29].sum() / 512)])
+    assert null["pointing game"].tolist()[:2] == [0.25, (23 / 32) ** 2] and null["energy inside"][2].isnan()
+    assert values["pointing game"][2].isnan() and values["energy inside"][2].isnan()
+    assert set(null) == set(values) and (null["exact deletion"] == 0.5).all()
 
 
 @pytest.mark.slow

@@ -154,7 +154,8 @@ def localisation(att: torch.Tensor, boxes: torch.Tensor) -> dict[str, torch.Tens
     """Pointing game and energy inside boxes [N, 4] (y0, x0, y1, x1 as shares), with the box's share of the image.
 
     ``pointing game``: the share of the highest pixels inside; ``energy inside``: the share of positive attribution
-    there, NaN where nothing is positive. A pixel is where its centre is. Without a tolerance around the box. [N] each.
+    there, NaN where nothing is positive. A pixel is where its centre is. Without a tolerance around the box. [N] each,
+    NaN where the box is.
     """
     y0, x0, y1, x1 = boxes.to(att.device).T[:, :, None]
     centres = ((torch.arange(n, device=att.device) + 0.5) / n for n in att.shape[1:])
@@ -162,11 +163,13 @@ def localisation(att: torch.Tensor, boxes: torch.Tensor) -> dict[str, torch.Tens
     inside = ((rows >= y0) & (rows < y1))[:, :, None] & ((columns >= x0) & (columns < x1))[:, None]
     top = att == att.amax((1, 2), keepdim=True)
     positive = att.double().clamp_min(0)
-    return {
+    found = {
         "pointing game": (top & inside).sum((1, 2)) / top.sum((1, 2)),
         "energy inside": (positive * inside).sum((1, 2)) / positive.sum((1, 2)),
         "box": inside.double().mean((1, 2)),
     }
+    unknown = boxes.to(att.device).isnan().any(1)
+    return {name: share.masked_fill(unknown, torch.nan) for name, share in found.items()}
 
 
 def effects(h: torch.Tensor, c_j: torch.Tensor, mean: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
@@ -359,8 +362,7 @@ class Bench:
             values["exact deletion"] = torch.full((len(att),), 0.5)
         if self.boxes is not None:
             share = localisation(torch.ones_like(self.x[:, 0]), self.boxes)["box"]
-            share[self.boxes.isnan().any(1)] = torch.nan
-            values |= {name: share for name in ("pointing game", "energy inside")}
+            values |= {"pointing game": share, "energy inside": share}
         return values
 
     def with_ties_broken(self, att: torch.Tensor) -> torch.Tensor:
