@@ -329,6 +329,23 @@ def test_rise_is_the_weighted_mean_of_its_masks(x):
     assert torch.equal(again, faithfulness.rise(lambda images: images.flatten(1)[:, :2], x, TARGET, 70))
 
 
+def test_what_notebook_17_takes_from_captum_is_torch_cams(network, digits):
+    """LayerCAM, on a layer whose outputs are not negative, and Grad-CAM: both before any scaling."""
+    captum = pytest.importorskip("captum.attr", reason="captum is an optional extra")
+    methods = pytest.importorskip("torchcam.methods", reason="needs torch-cam: pip install torchcam")
+    x, j = digits.input(digits.test.pixels[:3]).requires_grad_(), [2, 0, 1]
+    layer, target = network.module.layer2, torch.tensor(j)
+    pairs = {
+        "LayerCAM": captum.LayerGradientXActivation(network, layer).attribute(x, target).relu().sum(1),
+        "GradCAM": captum.LayerGradCam(network, layer).attribute(x, target, relu_attributions=True)[:, 0],
+    }
+    for name, ours in pairs.items():
+        with getattr(methods, name)(network.module, "layer2") as extractor:
+            (theirs,) = extractor(j, network.module(x), normalized=False)
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-3, atol=1e-5 * float(theirs.max()))
+        assert theirs.max() > 0 and ours.shape == (3, 4, 4)
+
+
 def test_controls():
     x = torch.zeros(1, 3, 9, 9)
     x[:, :, :, 5:] = 1

@@ -134,15 +134,15 @@ def area(
     ``insertion`` nothing but the fill is there at first and pixels come. By the trapezoidal rule over the share of
     pixels that have actually gone, from none to all.
     """
-    steps = torch.arange(int(step.max()) + 1, device=step.device)
-    share = torch.stack([(step <= k).double().mean((1, 2)) for k in steps], 1)
+    steps = torch.arange(int(step.max()) + 1)
+    share = torch.stack([(step <= k).float().mean((1, 2)) for k in steps.tolist()], 1).cpu().double()
     moved = share.diff(dim=1, prepend=share.new_full((len(x), 1), -1)) > 0
     value = torch.zeros_like(share)
     for i, k in zip(*(index.split(BATCH) for index in moved.nonzero(as_tuple=True)), strict=True):
-        removed = (step[i] <= k[:, None, None]) != insertion
+        removed = (step[i] <= k[:, None, None].to(step.device)) != insertion
         filled = imputed(x[i], removed, seed=seed) if fill is None else fill[i]
         images = torch.where(removed[:, None], filled, x[i])
-        value[i, k] = y(images).gather(1, target[i, None])[:, 0].double()
+        value[i, k] = y(images).gather(1, target[i, None])[:, 0].cpu().double()
     last = torch.where(moved, steps, 0).cummax(1).values  # a step at which nothing went keeps the value before
     return torch.trapezoid(value.gather(1, last), share, dim=1)
 
@@ -157,9 +157,8 @@ def localisation(att: torch.Tensor, boxes: torch.Tensor) -> dict[str, torch.Tens
     there, NaN where nothing is positive. A pixel is where its centre is. Without a tolerance around the box. [N] each,
     NaN where the box is.
     """
-    y0, x0, y1, x1 = boxes.to(att.device).T[:, :, None]
-    centres = ((torch.arange(n, device=att.device) + 0.5) / n for n in att.shape[1:])
-    rows, columns = next(centres), next(centres)
+    y0, x0, y1, x1 = boxes.T[:, :, None]
+    rows, columns = ((torch.arange(n) + 0.5) / n for n in att.shape[1:])
     inside = ((rows >= y0) & (rows < y1))[:, :, None] & ((columns >= x0) & (columns < x1))[:, None]
     top = att == att.amax((1, 2), keepdim=True)
     positive = att.double().clamp_min(0)
@@ -168,8 +167,7 @@ def localisation(att: torch.Tensor, boxes: torch.Tensor) -> dict[str, torch.Tens
         "energy inside": (positive * inside).sum((1, 2)) / positive.sum((1, 2)),
         "box": inside.double().mean((1, 2)),
     }
-    unknown = boxes.to(att.device).isnan().any(1)
-    return {name: share.masked_fill(unknown, torch.nan) for name, share in found.items()}
+    return {name: share.masked_fill(boxes.isnan().any(1), torch.nan) for name, share in found.items()}
 
 
 def effects(h: torch.Tensor, c_j: torch.Tensor, mean: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
@@ -301,7 +299,7 @@ class Bench:
     Parameters
     ----------
     network, x
-        Measured is where both are.
+        Both on one device, where the network runs.
     target
         Classes [N]; None: the predicted ones.
     steps, seed
@@ -334,7 +332,7 @@ class Bench:
         self.network, self.x, self.steps, self.seed, self.mean, self.boxes = network.eval(), x, steps, seed, mean, boxes
         with torch.no_grad(), exact():
             passes = [network.outputs(part) for part in x.split(BATCH)]
-        self.h = torch.cat([activations[-1] for activations, _ in passes])
+        self.h = torch.cat([activations[-1] for activations, _ in passes]).cpu()
         self.target = torch.cat([y for _, y in passes]).argmax(1) if target is None else target.to(x.device)
         self.y, self.fills = probabilities(network), {"mean colour": mean_colour(x), "blur": blurred(x)}
         self.generator = torch.Generator().manual_seed(seed)
@@ -348,10 +346,10 @@ class Bench:
         att = att.to(self.x.device)
         values = self._areas(att, smooth)
         if self.mean is not None:
-            c_j = self.network.c.detach()[self.target]
-            values["exact deletion"] = exact_deletion(att, effects(self.h, c_j, self.mean.to(c_j), att.shape[1:]))
+            c_j = self.network.c.detach().cpu()[self.target.cpu()]
+            values["exact deletion"] = exact_deletion(att.cpu(), effects(self.h, c_j, self.mean, att.shape[1:]))
         if self.boxes is not None:
-            inside = localisation(at_pixels(att, self.x.shape[2:], smooth), self.boxes)
+            inside = localisation(at_pixels(att, self.x.shape[2:], smooth).cpu(), self.boxes)
             values |= {name: inside[name] for name in ("pointing game", "energy inside")}
         return values
 
@@ -361,7 +359,7 @@ class Bench:
         if self.mean is not None:
             values["exact deletion"] = torch.full((len(att),), 0.5)
         if self.boxes is not None:
-            share = localisation(torch.ones_like(self.x[:, 0]), self.boxes)["box"]
+            share = localisation(torch.ones(self.x[:, 0].shape), self.boxes)["box"]
             values |= {"pointing game": share, "energy inside": share}
         return values
 
