@@ -122,7 +122,7 @@ for run in all_runs:
     network = run.network().to(device)
     passed, x = Passed.of(network, part, start_block, device=device), part.input(part.test.pixels, device)
     how = {"steps": steps, "seed": run.seed, "mean": passed.z("train").mean(0), "boxes": boxes}
-    benches[run.seed], parts[run.seed] = faithfulness.Bench(network.to(device), x, **how), part
+    benches[run.seed], parts[run.seed] = faithfulness.Bench(network, x, **how), part
     explainers[run.seed] = list(fitted(run, network, passed))
 print("boxes: localisation is measured" if boxes is not None else "no boxes: localisation is left out")
 
@@ -267,7 +267,6 @@ for seed, bench in benches.items():
     for block in range(last + 1, 0, -1):
         network = faithfulness.randomised(bench.network, block, seed).to(device)
         passed = Passed.of(network, parts[seed], start_block, device=device)
-        network.to(device)
         stages.append(("head" if block > last else f"block {block}", next(fitted(run, network, passed))[2]))
     for stage, explained in stages:
         for b in explained.start_blocks:
@@ -280,8 +279,7 @@ for seed, bench in benches.items():
 # %% [markdown]
 # ## The table
 #
-# Means over images and trainings; `spread` in the file is the standard error over images. Compare a number with its
-# null in the second table: where both are alike, the order of the pieces says nothing.
+# Means over images and trainings; `spread` in the file is the standard error over images.
 
 # %%
 from kmex_utils import paths
@@ -295,6 +293,10 @@ records["shown"] = records.method + records.scale.map(lambda scale: f", {scale}"
 values = records[(records.draw == 0) & ~records.measure.str.contains("Rand|Spearman|ties")]
 values.pivot_table(index="shown", columns="measure", values="value", sort=False).round(3)
 
+# %% [markdown]
+# The same less the null. Large pieces give another curve than pixels whatever their order, so this is what can be
+# compared between grids: where it is zero, the order says nothing.
+
 # %%
 margins = values.assign(margin=values.value - values.null)
 margins.pivot_table(index="shown", columns="measure", values="margin", sort=False).round(3)
@@ -304,17 +306,15 @@ margins.pivot_table(index="shown", columns="measure", values="margin", sort=Fals
 
 # %%
 refitted = records[(records.scale == scales[0]) & records.measure.isin(values.measure)]
-refitted.groupby(["measure", "method", "seed"], sort=False)["value"].std().groupby(
-    level=[0, 1], sort=False
-).mean().unstack(0)
+floor = refitted.groupby(["measure", "method", "seed"], sort=False)["value"].std()
+floor.groupby(level=[0, 1], sort=False).mean().unstack(0).round(3)
 
 # %% [markdown]
 # The same of one map with ties in random order: the mean and the spread over orders beside ties that go together.
 
 # %%
-broken = (
-    records[records.measure == "deletion, ties at random"].groupby("shown", sort=False)["value"].agg(["mean", "std"])
-)
+broken = records[records.measure == "deletion, ties at random"].groupby("shown", sort=False)["value"]
+broken = broken.agg(["mean", "std"])
 together = values[values.measure == "deletion, mean colour"].groupby("shown")["value"].mean().rename("together")
 broken.join(together).round(3)
 
@@ -351,6 +351,7 @@ for panel, (measure, good) in zip(axes, panels.items(), strict=False):
         panel.errorbar(row.value, names.index(shown), xerr=2 * row.margin_spread, elinewidth=0.9, **style)
         panel.plot(row.null, names.index(shown), marker="|", color="0.2", markersize=7)
     panel.set_title(f"{measure}\n({good} is good)", fontsize=8)
+    panel.locator_params(axis="x", nbins=3)
 for shown, seconds in values.groupby("shown")["seconds"].mean().items():
     axes[-1].plot(seconds if seconds else float("nan"), names.index(shown), "o", color="0.4", markersize=4)
 axes[-1].set(xscale="log")
