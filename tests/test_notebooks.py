@@ -5,6 +5,7 @@ import re
 
 import jupytext
 import nbformat
+import numpy as np
 import pandas as pd
 import papermill
 import pytest
@@ -31,10 +32,11 @@ TINY = {
     "10_subset": dict(fractions=[0.5, 1.0], draws=1, start_blocks=[4], prototypes_per_class=2, restarts=2, seeds=[3]),
     "13_open_choices": dict(prototypes_per_class=2, restarts=2, fit_on=8, attribution_images=5, seeds=[3]),
     "14_depth": dict(start_blocks=[4, 2], prototypes_per_class=[1, 3], fit_on=8, restarts=2, seeds=[3]),
+    "17_faithfulness": dict(prototypes_per_class=2, fit_on=8, images=2, steps=3, rise_masks=4, seeds=[3]),
     "11_scaling": dict(repeats=1, images=[], prototypes_per_class=[], start_blocks=[], class_images=2, restarts=2)
     | dict(batch=1, prototypes=32, explanation_repeats=1, gradient_steps=2, stream_rows=[2000, 4000]),
 }
-ON_THEIR_OWN = ["11_scaling", "12_your_own_model"]
+ON_THEIR_OWN = ["11_scaling", "12_your_own_model", "16_fidelity"]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -74,7 +76,7 @@ def story(tmp_path_factory):
             given = {"datasets": [given.pop("dataset")], "config": "config/quick.yaml", **given}
         if name >= "06":
             given["figures_folder"] = str(folder / "figures")
-        if name not in ("06_alignment", "07_accuracy", "10_subset", "13_open_choices", "14_depth", "15_report"):
+        if "seed" in papermill.inspect_notebook(str(NOTEBOOKS / f"{name}.ipynb")):
             given["seed"] = 3
         execute(name, folder, **given)
     return folder
@@ -222,6 +224,54 @@ def test_depth(story, passed):
     for metric, split, value in passed.accuracies(alone, ["test"]):
         assert numbers["B234", "1", 3, metric, split] == pytest.approx(value, abs=1e-3)
     assert (story / "figures" / "mnist-mini" / "depth.png").stat().st_size > 5000
+
+
+def naive_deletion(network, x, att, steps):
+    """Area under the probability of the predicted class of one image [1, 3, S, S], loop by loop."""
+    with torch.no_grad():
+        j = int(network(x).argmax())
+        curve, share, image = [], [], x.clone()
+        for k in range(steps + 1):
+            for value in att.unique():
+                if (att >= value).float().mean() * steps <= k + 1e-6:
+                    image[0, :, att >= value] = x.mean((2, 3))[0, :, None]
+            gone = (image != x).any(1)
+            curve.append(float(network(image).softmax(1)[0, j]))
+            share.append(float(gone.float().mean()))
+    return np.trapezoid(curve, share)
+
+
+@pytest.mark.notebook
+def test_faithfulness(story, passed):
+    """Every method by every measure, the null beside it; B234's deletion again, pixel by pixel."""
+    folder = story / "figures" / "mnist-mini"
+    table = pd.read_csv(folder / "faithfulness.csv", keep_default_na=False, na_values="nan")
+    columns = "method scale draw measure value spread null margin_spread seed grid images seconds"
+    assert list(table) == columns.split() and (table.images == 2).all()
+    ours = {("B4", "1/D"), ("B34", "1/D"), ("B34", "1"), ("B234", "1/D"), ("B234", "1")}
+    named = {"CAM", "Grad-CAM", "LayerCAM", "LayerCAM, block 2", "Integrated Gradients", "occlusion", "RISE"}
+    named |= {"centre", "edges", "random pixels", "random cells"}
+    first = table[(table.draw == 0) & ~table.measure.str.contains("Rand|Spearman|ties")]
+    assert set(zip(first.method, first.scale, strict=True)) == ours | {(name, "") for name in named}
+    measures = {"deletion, mean colour", "deletion, blur", "insertion, mean colour", "insertion, blur", "ROAD"}
+    assert set(first.measure) == measures | {"exact deletion"} and len(first) == 16 * 6
+    assert first[first.measure.isin(measures)].value.between(0, 1).all()
+    assert set(table[table.draw == 1].method) == {"B4", "B34", "B234"}
+    values = table[table.draw == 0].set_index(["method", "scale", "measure"])["value"]
+    assert values["CAM", "", "ROAD"] == pytest.approx(values["Grad-CAM", "", "ROAD"], abs=0.05)
+    assert values["B34", "1/D", "adjusted Rand, head"] == 1, "maps do not see the head"
+    assert (folder / "faithfulness.png").stat().st_size > 5000
+
+    run = Run.of(story / "runs", "mnist-mini", 3)
+    drawn = torch.randperm(len(passed.labels["test"]), generator=torch.Generator().manual_seed(3))[:2].sort().values
+    network, data = run.network(), run.dataset()
+    x, h = data.input(data.test.pixels[drawn.numpy()]), passed.x["test"].read(drawn, 4)[0]
+    options = {"seed": 3, "restarts": 1, "index": passed.first_of_each_class(8)}
+    maps = {b: passed.map(passed.fit_encoder(b, Normalisation(), 2, **options), "test")[drawn] for b in (4, 3, 2)}
+    att = carried(attribution(h, network.c[passed.y["test"][drawn].argmax(1)]), maps)[2]
+    sized = att.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    expected = [naive_deletion(network, x[i : i + 1], sized[i], 3) for i in range(2)]
+    assert values["B234", "1/D", "deletion, mean colour"] == pytest.approx(np.mean(expected), abs=1e-4)
 
 
 @pytest.mark.notebook

@@ -20,7 +20,7 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
     (Student's t), and half a unit of the paper's last digit; ``outside`` says whether the difference lies beyond it,
     and is empty where one seed has no spread. Of what the paper does not print, accuracies of other models stay.
     """
-    from scipy.stats import t  # type: ignore[import-untyped]
+    from scipy.stats import t
 
     table = table[table.paper.notna() | (table.metric == "accuracy")].copy()
     rounding = np.where(table.metric == "accuracy", 0.05, 0.005)
