@@ -168,8 +168,8 @@ save_text(folder / "certainty.csv", records.to_csv(index=False, float_format="%.
 records.groupby(["model", "scale", "measure"], sort=False)[numbers].mean().round(3)
 
 # %% [markdown]
-# The same as a picture: a mark for each training, its spread over refits as a bar. Positions change their prototype more
-# often than their class, and the prediction hardly changes at all.
+# The same as a picture: a mark for each training, its spread over refits as a bar. Positions change their prototype
+# more often than their class, and the prediction hardly changes at all.
 
 # %%
 import matplotlib.pyplot as plt
