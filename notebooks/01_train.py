@@ -41,6 +41,7 @@ arch: str = "resnet34"  # any network of torchvision with average pool and linea
 arch_args: dict = {}  # the network's own arguments, e.g. {layers: [2, 2, 2, 3]} for timm/resnet18
 weights: str = ""  # imagenet, scratch, or a file with a state dict, e.g. another training's; empty: the data set's own
 bias: bool = False  # of the classifier; eq. 2 has none
+frozen: bool = False  # a linear probe: only the head is fitted, to its optimum; epochs to padding do not count
 epochs: int = 0  # 0: the data set's own
 batch_size: int = 0  # 0: the data set's own
 learning_rate: float = 0.0  # at the first step; 0: the data set's own
@@ -112,9 +113,12 @@ blocks = network.activations(images.input(images.train.pixels[:2]))
 # ## Training
 #
 # SGD with a cosine from the first to the last step and cross-entropy. The state is kept after every epoch: a run that
-# was killed continues from there and ends with the same weights.
+# was killed continues from there and ends with the same weights. With `frozen` the encoder stays as it began, and the
+# head is fitted to $z$ by logistic regression.
 
 # %%
+from kmex_utils.explanation.activations import embed
+from kmex_utils.training.probe import fit_probe
 from kmex_utils.training.sgd import Schedule, train
 
 schedule = Schedule(
@@ -134,7 +138,7 @@ from kmex_utils import paths
 from kmex_utils.paper.runs import Run
 from kmex_utils.store import load_json
 
-made_by = {name: settings[name] for name in ("dataset", "arch", "arch_args", "bias", "seed")}
+made_by = {name: settings[name] for name in ("dataset", "arch", "arch_args", "bias", "frozen", "seed")}
 made_by |= {"data": images.settings, "classes": list(images.classes), "weights": weights, "threads": threads}
 made_by |= augmentation
 earlier = paths.resolve(weights).with_name("training.json")
@@ -144,7 +148,11 @@ if earlier.is_file():
 # %%
 run = Run.of(runs, dataset, seed)
 options = {"seed": seed, "checkpoint": run.training_state, "precision": precision, "device": device}
-history = train(network, images, schedule, **augmentation, made_by=made_by, **options)
+if frozen:
+    z = embed(network, images, "train", device=device)
+    history = fit_probe(network.cpu(), z, images.train.labels)
+else:
+    history = train(network, images, schedule, **augmentation, made_by=made_by, **options)
 
 # %%
 from kmex_utils.paper import figures
@@ -157,7 +165,6 @@ figures.training_curve(history)
 # One pass over the training images, without augmentation, and one over the test images, in float32.
 
 # %%
-from kmex_utils.explanation.activations import embed
 from kmex_utils.method.measures import accuracy
 
 z = {split: embed(network, images, split, device=device) for split in ("train", "test")}

@@ -68,6 +68,27 @@ def test_composite_is_eq_8(norm, scale, align_corners):
     torch.testing.assert_close(q.double(), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_weights_by_block():
+    """The last ones are those of the deepest; equal ones are the scale 1, whatever their size."""
+    blocks = blocks_of()
+    unit = composite(blocks, Normalisation(scale="1")).split([x.shape[1] for x in blocks], 2)
+    expected = torch.cat([weight * part for weight, part in zip((4, 2, 0.5), unit, strict=True)], 2)
+    q = composite(blocks, Normalisation(scale="4, 2, 0.5"))
+    torch.testing.assert_close(q, expected)
+    last = composite(blocks[-1:], Normalisation(scale="4,2,0.5"))
+    torch.testing.assert_close(last, composite(blocks[-1:], Normalisation(scale="1")) / 2)
+    check_operator([x.double() for x in blocks], Normalisation(scale="4,2,0.5"))
+    with pytest.raises(ValueError, match="'2,1' has 2 weights for 3 blocks"):
+        composite(blocks, Normalisation(scale="2,1"))
+
+
+@pytest.mark.parametrize("scale", ["2", "1,-1", "1,0", "1,x", "inf,1", "1/D,1"])
+def test_what_is_no_scale_is_refused(scale):
+    with pytest.raises(ValueError, match="or weights such as 4,2,1, got") as error:
+        Normalisation(scale=scale)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_shared_grid(grid):
     blocks = blocks_of()

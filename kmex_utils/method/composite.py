@@ -25,7 +25,8 @@ class Normalisation:
         What ||u(b)|| runs over: ``position`` (each row of u to unit length, the default), ``channel`` (each
         channel over the positions of an image) or ``image`` (Frobenius norm of the image's u).
     scale
-        The factor beside it: ``1/D`` (as printed), ``1/sqrt(D)`` or ``1``.
+        The factor beside it: ``1/D`` (as printed), ``1/sqrt(D)`` or ``1``; or weights by block, the last ones those of
+        the deepest: ``4,2,1`` gives B234 4, 2 and 1, B34 2 and 1.
     align_corners
         Of the bilinear interpolation, as in PyTorch.
     grid
@@ -40,12 +41,25 @@ class Normalisation:
 
     def __post_init__(self) -> None:
         for name, allowed in (("norm", NORMS), ("scale", SCALES), ("grid", GRIDS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in allowed and not (name == "scale" and self._weights()):
+                weights = ", or weights such as 4,2,1" if name == "scale" else ""
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}{weights}, got {getattr(self, name)!r}")
 
-    def factor(self, channels: int) -> float:
-        """The scale of a block of D_b channels."""
-        return {"1/D": 1 / channels, "1/sqrt(D)": channels**-0.5, "1": 1.0}[self.scale]
+    def _weights(self) -> list[float]:
+        """Those that ``scale`` names, block by block; empty if there are none, or not all are positive."""
+        try:
+            weights = [float(weight) for weight in self.scale.split(",")] if "," in self.scale else []
+        except ValueError:
+            return []
+        return weights if all(0 < weight < float("inf") for weight in weights) else []
+
+    def factors(self, channels: Sequence[int]) -> list[float]:
+        """The scales of blocks of D_b channels, shallowest first; a ValueError where there are fewer weights."""
+        if weights := self._weights():
+            if len(weights) < len(channels):
+                raise ValueError(f"scale {self.scale!r} has {len(weights)} weights for {len(channels)} blocks")
+            return weights[-len(channels) :]
+        return [{"1/D": 1 / d, "1/sqrt(D)": d**-0.5, "1": 1.0}[self.scale] for d in channels]
 
     def shared_grid(self, blocks: Sequence[torch.Tensor]) -> tuple[int, int]:
         """(H', W') for activations [N, D_b, H_b, W_b], shallowest first."""
@@ -64,8 +78,8 @@ def composite(blocks: Sequence[torch.Tensor], normalisation: Normalisation = PRI
     grid = normalisation.shared_grid(blocks)
     over = {"position": (1,), "channel": (2, 3), "image": (1, 2, 3)}[normalisation.norm]
     parts = []
-    for x in blocks:
+    for x, factor in zip(blocks, normalisation.factors([x.shape[1] for x in blocks]), strict=True):
         u = F.interpolate(x, grid, mode="bilinear", align_corners=normalisation.align_corners)  # eq. 7
         length = torch.linalg.vector_norm(u, dim=over, keepdim=True)
-        parts.append(torch.where(length > 0, u / length, 0) * normalisation.factor(x.shape[1]))  # eq. 8
+        parts.append(torch.where(length > 0, u / length, 0) * factor)  # eq. 8
     return torch.cat(parts, 1).flatten(2).transpose(1, 2)

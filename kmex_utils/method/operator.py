@@ -106,10 +106,9 @@ class _Block:
     ``s`` [n R'] is the scale of each row of u, ``squared`` [n R'] the squared length of each scaled row.
     """
 
-    def __init__(self, x: torch.Tensor, out: Grid, normalisation: Normalisation) -> None:
+    def __init__(self, x: torch.Tensor, out: Grid, normalisation: Normalisation, factor: float) -> None:
         n, self.channels, height, width = x.shape
         self.a = _upsampling(out, (height, width), normalisation.align_corners, x.dtype, x.device)
-        factor = normalisation.factor(self.channels)
         if normalisation.norm == "channel":
             x = x * _inverse_root(self.a.squared_channels(x))[:, :, None, None]
         self.x = x.permute(0, 2, 3, 1).reshape(-1, self.channels)  # no copy of channels-last activations
@@ -140,7 +139,8 @@ class _Chunk:
 
     def __init__(self, x: Sequence[torch.Tensor], normalisation: Normalisation) -> None:
         grid = normalisation.shared_grid(x)
-        self.blocks = [_Block(x_b, grid, normalisation) for x_b in x]
+        factors = normalisation.factors([x_b.shape[1] for x_b in x])
+        self.blocks = [_Block(x_b, grid, normalisation, factor) for x_b, factor in zip(x, factors, strict=True)]
         first, *deeper = (block.squared for block in self.blocks)
         self.squared = sum(deeper, first)
         if not torch.isfinite(self.squared.sum()):

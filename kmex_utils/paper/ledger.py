@@ -102,7 +102,7 @@ def last_share(network: str, scale: str) -> float:
 
     They are unit rows (``norm`` position), so block b weighs factor(D_b)^2: 5 % for a ResNet34 with the printed 1/D_b.
     """
-    weights = [Normalisation(scale=scale).factor(d) ** 2 for d in channels(network)[-3:]]
+    weights = [factor**2 for factor in Normalisation(scale=scale).factors(channels(network)[-3:])]
     return weights[-1] / sum(weights)
 
 
