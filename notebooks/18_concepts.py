@@ -444,7 +444,7 @@ by_regions, by_prototypes = beyond_chance("SLIC"), beyond_chance(last)
 other_class = 100 - means.predicted_class["NMF"]
 claims = {
     "SLIC explains image regions rather than internal concepts": "variance between its segments beyond chance (%)",
-    "crops of regions are likely out of distribution": "crops farther from training images than 95 % of test images (%)",
+    "crops are likely out of distribution": "crops farther from training images than 95 % of test images are (%)",
     "neurons are often redundant": "neurons whose maps correlate above 0.9 with another's (%)",
     "a single class leaves portions unexplained": "positions whose NMF factor is of another class than predicted (%)",
 }
