@@ -96,7 +96,7 @@ def fitted(passed, b, scale, k, seed, **options):
 # Shuffled: positions in place of places, images in place of images.
 
 # %%
-from kmex_utils.evaluation.certainty import shuffled
+from kmex_utils.evaluation.fidelity import shuffled
 
 
 def null_of(explainer, q_s, others, seed):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from kmex_utils.evaluation.certainty import adjusted_rand, agreement, certainty, matched, refitted, shuffled
+from kmex_utils.evaluation.certainty import adjusted_rand, agreement, certainty, matched, refitted
+from kmex_utils.evaluation.fidelity import shuffled
 from kmex_utils.explanation.explained import Explained
 from kmex_utils.explanation.passed import Passed
 from kmex_utils.method.composite import Normalisation, composite

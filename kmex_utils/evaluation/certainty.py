@@ -105,10 +105,3 @@ def _pairs(labels: torch.Tensor) -> torch.Tensor:
     code, count = (row * width + labels).unique(return_counts=True)
     pairs = (count * (count - 1) / 2).double()
     return pairs.new_zeros(len(labels)).index_add_(0, code // width, pairs)
-
-
-def shuffled(maps: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Maps [..., H, W] with the positions of each shuffled: what it says, not where."""
-    flat = maps.flatten(-2)
-    order = torch.rand(flat.shape, generator=torch.Generator().manual_seed(seed)).argsort(-1)
-    return flat.gather(-1, order).view_as(maps)
