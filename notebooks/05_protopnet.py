@@ -33,7 +33,7 @@
 # %% tags=["parameters"]
 dataset: str = "mnist-mini"  # as in 01_train
 seed: int = 0  # of the training whose data and network are used, of initialisation, shuffling and k-means
-features_from: str = ""  # imagenet, as the authors, or network: that of 01_train; empty: as 01_train's network began
+features_from: str = ""  # imagenet (authors), a weights file, or network: 01_train's; empty: as that network began
 prototypes_per_class: int = 0  # K/C; 0: the data set's own
 prototype_depth: int = 128  # D', channels of the add-on and of a prototype
 prototype_size: int = 1  # s: a prototype covers s x s positions
@@ -122,7 +122,7 @@ from kmex_utils.method.prototypes import check_enough
 labels = {split: images.split(split).labels for split in ("train", "test")}
 members = [(labels["train"] == c).nonzero().flatten() for c in range(len(images.classes))]
 check_enough(members, images.classes, prototypes_per_class, lambda index: index)  # KMEx below, before the training
-features_from = features_from or ("imagenet" if trained["weights"] == "imagenet" else "network")
+features_from = features_from or ("network" if trained["weights"] in ("scratch", "random") else trained["weights"])
 network = protopnet.start(run.network(), features_from, prototypes_per_class, options, seed)
 grid = network.to(device).eval().features(images.input(images.train.pixels[:1], device)).shape[2:]
 print(f"features from {features_from}; {len(network.labels)} prototypes on a grid of {grid[0]} x {grid[1]} positions")

@@ -168,6 +168,8 @@ def test_effects_of_what_else_is_open():
 def test_share_of_the_deepest_block(generator):
     """As the rows of q(b:) have it: each block's part of a difference, its own length divided out."""
     assert ledger.last_share("resnet18", "1/D") == pytest.approx(512**-2 / (128**-2 + 256**-2 + 512**-2))
+    narrow = 'timm/resnet18 {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32]}'
+    assert ledger.last_share(narrow, "1/D") == pytest.approx(32**-2 / (16**-2 + 24**-2 + 32**-2))
     x = blocks_of(channels=(128, 256, 512))
     for scale in SCALES:
         q = composite(x, Normalisation(scale=scale))

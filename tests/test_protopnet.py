@@ -339,7 +339,7 @@ def test_a_trained_network_comes_back_and_explains(digits, tmp_path):
         run.part("ProtoPNet", "05_protopnet")
     with pytest.raises(ValueError, match="'imagenet' or 'network', got 'scratch'"):
         protopnet.start(run.network(), "scratch", 2, QUICK, 3)
-    with pytest.raises(ValueError, match="is of no library that has ImageNet weights"):
+    with pytest.raises(ValueError, match="is of no library that makes it again"):
         protopnet.start(small(), "imagenet", 2, QUICK, 3)
     network = protopnet.start(run.network(), "network", 2, QUICK, 3)
     with pytest.raises(ValueError, match="not pushed"):

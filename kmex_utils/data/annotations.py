@@ -16,7 +16,8 @@ from PIL import Image
 
 from .. import paths
 from .dataset import Dataset
-from .reading import upright
+from .reading import UNREADABLE, reason, upright
+from .sources import SIZES
 
 LATTICE = 56  # points of a mask along a side: the finest map, B1234's, of an image of 224 pixels
 
@@ -47,6 +48,14 @@ class Parts:
         row, column = ((share * n).long().clamp_max(n - 1) for share, n in zip((self.y, self.x), grid, strict=True))
         return row * grid[1] + column
 
+    def of(self, index: torch.Tensor) -> "Parts":
+        """Those of some images [n'], counted anew in the order of the index."""
+        place = torch.full((self.images,), -1)
+        place[index] = torch.arange(len(index))
+        image = place[self.image]
+        rest = (of[image >= 0] for of in (image, self.part, self.y, self.x))
+        return Parts(self.names, len(index), *rest)
+
     def without_sides(self) -> "Parts":
         """Left and right of a part as one, by the first word of their names."""
         bare = [name.removeprefix("left ").removeprefix("right ") for name in self.names]
@@ -65,12 +74,12 @@ def parts(dataset: Dataset, source: str | Path = "") -> dict[str, Parts]:
     source
         CUB-200 brings its own (empty). Else a CSV table with the columns image, part, x, y (name of the image in the
         data set, name of the part, pixels of the upright image), or a folder with a mask for each image: a PNG of the
-        same relative name whose values are part numbers, 0 for none; it is read at 56 x 56 points.
+        same relative name and size whose values are part numbers, 0 for none; it is read at 56 x 56 points.
 
     Raises
     ------
     ValueError, FileNotFoundError
-        One line: there are no annotations, or none of a split's images has any.
+        One line: there are no annotations, they are not of this form, or none of a split's images has any.
     """
     if _is_cub(dataset) and not source:
         names, points = _cub_points(_cub_root(dataset))
@@ -87,8 +96,8 @@ def parts(dataset: Dataset, source: str | Path = "") -> dict[str, Parts]:
 def boxes(dataset: Dataset, source: str | Path = "") -> dict[str, torch.Tensor]:
     """Boxes of the object by split, [N, 4]: y0, x0, y1, x1 as shares of what the network sees; NaN where unknown.
 
-    ``source`` as in :func:`parts`, where a table has the columns image, x, y, width, height, and a mask's box is that
-    of all its parts.
+    ``source`` and errors as in :func:`parts`, but one box is enough. A table has the columns image, x, y, width and
+    height; a mask's box is that of all its parts. A box outside what the network sees is unknown.
     """
     if _is_cub(dataset) and not source:
         given: Mapping[str, Frame] = _cub_boxes(_cub_root(dataset))
@@ -102,8 +111,12 @@ def boxes(dataset: Dataset, source: str | Path = "") -> dict[str, torch.Tensor]:
             if name in given:
                 x, y, width, height = given[name]
                 xs, ys = _seen(dataset, name, np.array([x, x + width]), np.array([y, y + height]))
-                found[i] = torch.tensor([ys[0], xs[0], ys[1], xs[1]]).clamp(0, 1)
+                box = torch.tensor([ys[0], xs[0], ys[1], xs[1]]).clamp(0, 1)
+                if (box[2:] > box[:2]).all():
+                    found[i] = box
         by_split[split] = found
+    if all(found.isnan().all() for found in by_split.values()):
+        raise ValueError(f"no image of {dataset.name} has a box in {source or 'bounding_boxes.txt'}")
     return by_split
 
 
@@ -118,9 +131,24 @@ def _cub_root(dataset: Dataset) -> Path:
     return paths.resolve(dataset.settings["data"] or paths.DATA) / "CUB_200_2011"
 
 
+def _image_folder(dataset: Dataset) -> Path:
+    """What the names of a data set's images are relative to."""
+    if _is_cub(dataset):
+        return _cub_root(dataset) / "images"
+    if (source := dataset.settings.get("source", "")) in ("", *SIZES):
+        raise ValueError(f"the images of {dataset.name} are no files: annotations belong to a folder of images")
+    return paths.located(source)
+
+
+def _cub_lines(root: Path, name: str) -> list[str]:
+    if not (file := root / f"{name}.txt").is_file():
+        raise FileNotFoundError(f"{file} does not exist: unpack the whole of CUB_200_2011.tgz")
+    return file.read_text().splitlines()
+
+
 @lru_cache(4)
 def _cub_table(root: Path, name: str) -> dict[str, str]:
-    return dict(line.split(maxsplit=1) for line in (root / f"{name}.txt").read_text().splitlines())
+    return dict(line.split(maxsplit=1) for line in _cub_lines(root, name))
 
 
 @lru_cache(1)
@@ -132,14 +160,15 @@ def _cub_boxes(root: Path) -> dict[str, Frame]:
 
 def _cub_points(root: Path) -> tuple[tuple[str, ...], Points]:
     images, points = _cub_table(root, "images"), defaultdict(list)
-    for line in (root / "parts" / "part_locs.txt").read_text().splitlines():
+    for line in _cub_lines(root, "parts/part_locs"):
         image, part, x, y, visible = line.split()
         if visible == "1":
             points[images[image]].append((int(part) - 1, float(x), float(y)))
-    return tuple(_cub_table(root / "parts", "parts").values()), points
+    return tuple(_cub_table(root, "parts/parts").values()), points
 
 
 def _located(dataset: Dataset, source: str | Path, what: str) -> Path:
+    _image_folder(dataset)
     if not source:
         raise ValueError(f"{dataset.name} has no {what} of its own: give a table or a folder of masks as annotations")
     place = paths.located(source)
@@ -148,35 +177,48 @@ def _located(dataset: Dataset, source: str | Path, what: str) -> Path:
     return place
 
 
-def _table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
-            raise ValueError(f"{path} has no column {', '.join(missing)}: it needs {', '.join(columns)}")
-        yield from reader
+def _table(path: Path, text: Sequence[str], numbers: Sequence[str]) -> Iterator[tuple[dict[str, str], list[float]]]:
+    """Rows of a CSV with the columns ``text`` and ``numbers``, the latter as numbers beside them."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            rows, present = list(reader), reader.fieldnames or ()
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV table: {reason(error)}") from None
+    if missing := [column for column in (*text, *numbers) if column not in present]:
+        raise ValueError(f"{path} has no column {', '.join(missing)}: it needs {', '.join((*text, *numbers))}")
+    for i, row in enumerate(rows, 1):
+        try:
+            yield row, [float(row[column]) for column in numbers]
+        except ValueError:
+            raise ValueError(f"{path}, row {i}: {', '.join(numbers)} must be numbers") from None
 
 
 def _points(path: Path) -> tuple[tuple[str, ...], Points]:
-    rows = list(_table(path, ("image", "part", "x", "y")))
-    names, points = sorted({row["part"] for row in rows}), defaultdict(list)
-    for row in rows:
-        points[row["image"]].append((names.index(row["part"]), float(row["x"]), float(row["y"])))
+    rows = list(_table(path, ("image", "part"), ("x", "y")))
+    names, points = sorted({row["part"] for row, _ in rows}), defaultdict(list)
+    for row, (x, y) in rows:
+        points[row["image"]].append((names.index(row["part"]), x, y))
     return tuple(names), points
 
 
 def _box_table(path: Path) -> dict[str, Frame]:
-    rows = _table(path, ("image", "x", "y", "width", "height"))
-    return {r["image"]: (float(r["x"]), float(r["y"]), float(r["width"]), float(r["height"])) for r in rows}
+    rows = _table(path, ("image",), ("x", "y", "width", "height"))
+    return {row["image"]: (x, y, width, height) for row, (x, y, width, height) in rows}
 
 
 def _masks(dataset: Dataset, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     for name in (*dataset.train.names, *dataset.test.names):
         file = (folder / name).with_suffix(".png")
         if file.is_file():
-            with Image.open(file) as image:
-                mask = np.asarray(image)
-            if mask.ndim != 2:
-                raise ValueError(f"{file} is no mask: it needs one channel, whose values are part numbers")
+            try:
+                with Image.open(file) as image:
+                    mask = np.asarray(image, dtype=int)
+            except UNREADABLE as error:
+                raise ValueError(f"cannot read {file}: {reason(error)}") from None
+            if mask.shape != _size(dataset, name)[::-1]:
+                size = "{} x {}".format(*_size(dataset, name))
+                raise ValueError(f"{file} is no mask of its image: it needs one channel and {size} pixels")
             yield name, mask
 
 
@@ -185,7 +227,7 @@ def _mask_points(dataset: Dataset, folder: Path) -> tuple[tuple[str, ...], Point
     for name, mask in _masks(dataset, folder):
         y, x = ((np.arange(LATTICE) + 0.5) * size / LATTICE for size in mask.shape)
         values = mask[y.astype(int)[:, None], x.astype(int)]
-        found[name] = [(int(values[i, j]), x[j], y[i]) for i, j in zip(*values.nonzero(), strict=True)]
+        found[name] = [(values[i, j], x[j], y[i]) for i, j in zip(*values.nonzero(), strict=True)]
         numbers |= {*np.unique(values).tolist()} - {0}
     place = {number: part for part, number in enumerate(sorted(numbers))}
     points = {name: [(place[number], x, y) for number, x, y in rows] for name, rows in found.items()}
@@ -233,6 +275,10 @@ def _frame(dataset: Dataset, name: str) -> Frame:
         x, y, width, height = _cub_boxes(_cub_root(dataset))[name]
         left, top = round(x), round(y)  # as it is cut
         return left, top, round(x + width) - left, round(y + height) - top
-    folder = _cub_root(dataset) / "images" if _is_cub(dataset) else paths.located(dataset.settings["source"])
-    with Image.open(folder / name) as image:
-        return 0, 0, *upright(image).size
+    return 0, 0, *_size(dataset, name)
+
+
+def _size(dataset: Dataset, name: str) -> tuple[int, int]:
+    """Width and height of an image, upright."""
+    with Image.open(_image_folder(dataset) / name) as image:
+        return upright(image).size

@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from ..drawing import Colour, literal, palette, short, styled
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -138,3 +139,59 @@ def _box(axes: "Axes", box: tuple[int, int, int, int], colour: Colour) -> None:
     top, bottom, left, right = box
     outline: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": 2, "clip_on": False}
     axes.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, **outline))  # pixels lie around i
+
+
+@styled
+def frontier(records: "pd.DataFrame", named: int) -> "Figure":
+    """Accuracy lost to the CNN against NMI_m and purity, from notebook 16's ``records``: a line a factor of eq. 8.
+
+    Marks are means over seeds and refits, bars their standard deviation; ``named`` is the K/C of the lines.
+    """
+    table = records[records["of"] == "all classes"].copy()
+    cnn = table[table.model == "CNN"].groupby("seed")["value"].first()
+    key = ["model", "scale", "prototypes_per_class", "seed", "refit"]
+    table["scale"] = table.scale.fillna("")
+    own = table[(table.grid != "common") & table.model.isin([*DEPTHS, "ProtoPNet"])]
+    wide = own.pivot_table(index=key, columns="metric", values="value").reset_index()
+    wide["lost"] = wide.seed.map(cnn) - wide.accuracy_test
+    scales = list(dict.fromkeys(wide.scale[wide.model.isin(DEPTHS[1:])]))
+    names = {"1/D": "$1/D_b$ (printed)", "1/sqrt(D)": "$1/\\sqrt{D_b}$", "1": "equal weights"}
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.0), sharex=True)
+    position = table[table.model == "position"].set_index("metric")["value"]
+    for axes, metric, name in zip(panels, ("nmi", "purity"), ("NMI$_m$ (%)", "purity (%)"), strict=True):
+        for scale, colour in zip(scales, palette(10), strict=False):
+            of_scale = wide[(wide.scale == scale) | (wide.model == "B4")]
+            line = []
+            for model in DEPTHS:
+                of_model = of_scale[of_scale.model == model]
+                look_of = {"color": colour, "marker": look(model)["marker"]}
+                for k, at in of_model.groupby("prototypes_per_class"):
+                    x, y, dx, dy = at.lost.mean(), at[metric].mean(), at.lost.std(), at[metric].std()
+                    if k == named:
+                        line.append((x, y))
+                        bars = {"xerr": dx if dx == dx else 0, "yerr": dy if dy == dy else 0}
+                        axes.errorbar(x, y, **bars, markersize=7, capsize=2, linestyle="", zorder=3, **look_of)
+                    else:
+                        axes.plot(x, y, markersize=4, alpha=0.35, linestyle="", **look_of)
+            axes.plot(
+                *zip(*line, strict=True),
+                color=colour,
+                linewidth=1.2,
+                label=names.get(scale, f"weights {scale}"),
+                zorder=2,
+            )
+        learned = wide[wide.model == "ProtoPNet"]
+        if len(learned):
+            axes.plot(learned.lost.mean(), learned[metric].mean(), **look("ProtoPNet"), markersize=8, linestyle="")
+        null = own[(own.metric == f"null_{metric}") & (own.prototypes_per_class == named)]["value"]
+        axes.axhspan(null.min(), null.max(), color="0.85", linewidth=0, zorder=0)
+        axes.axhline(position[metric], color="0.4", linestyle=":", linewidth=1.2, zorder=0)
+        axes.set(xlabel="accuracy lost to the CNN (points)", ylabel=name)
+    handles, labels = panels[0].get_legend_handles_labels()
+    marks = [(look(model)["marker"], model) for model in DEPTHS if (wide.model == model).any()]
+    marks += [(look("ProtoPNet")["marker"], "ProtoPNet")] if len(learned) else []
+    handles += [Line2D([], [], marker=m, linestyle="", color="0.3", markersize=6) for m, _ in marks]
+    labels += [name for _, name in marks]
+    handles += [Line2D([], [], color="0.4", linestyle=":"), Rectangle((0, 0), 1, 1, color="0.85")]
+    figure.legend(handles, [*labels, "position alone", "null"], loc="outside right center")
+    return figure

@@ -4,6 +4,7 @@ A ledger is a table of numbers, one per seed: question, option, seed, model, met
 default reading, ``as trained`` the training that one with something ``switched`` is compared with.
 """
 
+import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -101,8 +102,11 @@ def last_share(network: str, scale: str) -> float:
     """Nominal share of B234's deepest block in the squared distance of eq. 9: as if blocks differed alike unscaled.
 
     They are unit rows (``norm`` position), so block b weighs factor(D_b)^2: 5 % for a ResNet34 with the printed 1/D_b.
+    ``network`` is a name, with its arguments as JSON behind it where it has any.
     """
-    weights = [factor**2 for factor in Normalisation(scale=scale).factors(channels(network)[-3:])]
+    arch, _, arguments = network.partition(" ")
+    of_blocks = channels(arch, json.loads(arguments or "{}"))[-3:]
+    weights = [factor**2 for factor in Normalisation(scale=scale).factors(of_blocks)]
     return weights[-1] / sum(weights)
 
 

@@ -55,8 +55,9 @@ COLUMNS = ["dataset", "model", "metric", "split", "mean", "std", "n_seeds", "pap
 def note(training: Mapping[str, Any]) -> str:
     """What separates our numbers from the paper's, from a training's settings."""
     started = _started(training)
-    parts = [f"Ours: {training['arch']}, {started}."]
-    if not started.startswith("weights imagenet"):
+    arguments = "".join(f", {name} {value}" for name, value in (training.get("arch_args") or {}).items())
+    parts = [f"Ours: {training['arch']}{arguments}, {started}."]
+    if started.startswith("weights scratch"):
         parts.append("The paper's backbone was pretrained on ImageNet; ours was trained from scratch.")
     if training["arch"] != "resnet34":
         parts.append("The paper's is a ResNet34.")
@@ -67,7 +68,7 @@ def note(training: Mapping[str, Any]) -> str:
 
 def _started(training: Mapping[str, Any]) -> str:
     """First weights and epochs, of the trainings before it too; pixels where they are not the paper's."""
-    epochs = f"{training['schedule']['epochs']} epochs"
+    epochs = "frozen but for its head" if training.get("frozen") else f"{training['schedule']['epochs']} epochs"
     size = training["data"]["input"]["image_size"]
     if size != own_input(training["dataset"]).image_size:
         epochs += f" at {size} px"

@@ -1,5 +1,6 @@
 """The reproduction report: what was run, what of the paper holds and what it cost, put together from saved tables."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def trainings(runs: str | Path, datasets: Iterable[str]) -> tuple[pd.DataFrame, 
                 "classes": len(settings["classes"]),
                 **{split: len(run.embeddings(split)[1]) for split in ("train", "test")},
                 "px": settings["data"]["input"]["image_size"],
-                "network": settings["arch"],
+                "network": " ".join([settings["arch"], *map(json.dumps, filter(None, [settings.get("arch_args")]))]),
                 "start": stages[0]["weights"],
                 "epochs": " + ".join(str(stage["schedule"]["epochs"]) for stage in stages),
                 "batch": schedule["batch_size"],

@@ -107,14 +107,15 @@ def evaluate(network: TrainableProtoPNet, dataset: Dataset, split: str) -> tuple
 def start(
     trained: Network, features_from: str, prototypes_per_class: int, options: Options, seed: int
 ) -> TrainableProtoPNet:
-    """A fresh one; its features start from ``imagenet`` weights (the authors) or the ``trained`` ``network`` itself."""
-    if features_from not in ("imagenet", "network"):
-        raise ValueError(f"features_from must be 'imagenet' or 'network', got {features_from!r}")
-    if features_from == "imagenet":
+    """A fresh one; its features start from ``imagenet`` weights (the authors), a file's or the ``trained`` ``network``.
+
+    A ValueError or FileNotFoundError where there are no such weights.
+    """
+    if features_from != "network":
         if trained.reference is None:
-            raise ValueError(f"{trained.name} is of no library that has ImageNet weights: give features_from 'network'")
+            raise ValueError(f"{trained.name} is of no library that makes it again: give features_from 'network'")
         arch, arguments = trained.reference["arch"], trained.reference["arch_args"]
-        trained = for_training(arch, trained.classes, "imagenet", trained.input, arch_args=arguments)
+        trained = for_training(arch, trained.classes, features_from, trained.input, arch_args=arguments)
     return TrainableProtoPNet(trained, prototypes_per_class, options, seed)
 
 
