@@ -400,8 +400,9 @@ for run in [Run.of(runs, dataset, seed) for seed in seeds]:
 # ## The table
 #
 # Means over trainings. `null_` is what is left after shuffling positions; `predicted_class` the share of positions left
-# to a map of the predicted class alone, `explained` that of the method as it is used; `agreement` the adjusted Rand index of
-# two refits. NMF starts from a singular value decomposition and PCA is one, so another seed changes nothing there.
+# to a map of the predicted class alone, `explained` that of the method as it is used; `agreement` the adjusted Rand
+# index of two refits. NMF starts from a singular value decomposition and PCA is one, so another seed changes nothing
+# there.
 
 # %%
 import pandas as pd
