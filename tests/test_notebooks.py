@@ -42,7 +42,7 @@ TINY = {
     "11_scaling": dict(repeats=1, images=[], prototypes_per_class=[], start_blocks=[], class_images=2, restarts=2)
     | dict(batch=1, prototypes=32, explanation_repeats=1, gradient_steps=2, stream_rows=[2000, 4000]),
 }
-ON_THEIR_OWN = ["11_scaling", "12_your_own_model"]
+ON_THEIR_OWN = ["11_scaling", "12_your_own_model", "16_fidelity"]
 
 
 @pytest.mark.parametrize("name", ALL)
