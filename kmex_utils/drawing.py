@@ -17,6 +17,8 @@ from .store import replacing
 
 STYLE = Path(__file__).with_name("kmex.mplstyle")
 Colour = tuple[float, float, float]
+COLOURED = 10  # prototypes of a map that have a colour of their own: all that the style's palette tells apart
+GREY = 0.88  # of the others
 P = ParamSpec("P")
 
 
@@ -73,6 +75,15 @@ def palette(count: int) -> list[Colour]:
     except ImportError:
         raise ImportError("more than ten colours need seaborn: pip install 'kmex-utils[notebooks]'") from None
     return list(husl_palette(count, s=0.85, l=0.6))
+
+
+def coloured(q_s: np.ndarray, largest: int = COLOURED) -> np.ndarray:
+    """A map [H, W] in colours, RGB: its largest prototypes in the palette's order, others light grey."""
+    used, counts = np.unique(q_s, return_counts=True)
+    rgb = np.full((*q_s.shape, 3), GREY)
+    for prototype, colour in zip(used[(-counts).argsort(kind="stable")][:largest], palette(COLOURED), strict=False):
+        rgb[q_s == prototype] = colour
+    return rgb
 
 
 def literal(words: str) -> str:

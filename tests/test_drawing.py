@@ -95,6 +95,14 @@ def test_colours_are_distinct():
     assert drawing.palette(1) == [to_rgb("#0173B2")]
 
 
+def test_the_largest_of_a_map_have_a_colour_each():
+    """Sizes 3, 2, 2, 1: equal ones by number."""
+    q_s = np.array([[7, 7, 9, 9], [3, 7, 2, 2]])
+    blue, orange, green, grey = *drawing.palette(3), (drawing.GREY,) * 3
+    expected = [[blue, blue, green, green], [grey, blue, orange, orange]]
+    assert np.array_equal(drawing.coloured(q_s, 3), np.array(expected))
+
+
 def test_more_colours_need_seaborn(monkeypatch):
     monkeypatch.setitem(sys.modules, "seaborn", None)
     assert len(drawing.palette(10)) == 10

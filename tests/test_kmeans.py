@@ -211,3 +211,19 @@ def test_mps_lacks_float64():
     assert products.double_device(torch.device("mps")).type == "cpu"
     assert products.double_device(torch.device("cuda")).type == "cuda"
     torch.ones(1, dtype=torch.float64, device=products.double_device(pick_device()))
+
+
+def test_random_rows_without_iterations_are_the_centroids(generator):
+    """And with them Lloyd starts there."""
+    x = torch.randn(300, 4, generator=generator)
+    clusters = kmeans(DenseRows(x), 6, start="random", max_iterations=0, restarts=4, seed=1)
+    distances = torch.cdist(clusters.centroids.double(), x.double())
+    assert distances.amin(1).max() < 1e-6 and len(distances.argmin(1).unique()) == 6
+    assert torch.equal(clusters.nearest, distances.argmin(1))
+    assert clusters.inertia == pytest.approx(distances.amin(0).square().sum().item(), rel=1e-5)
+    one = [kmeans(DenseRows(x), 6, start="random", max_iterations=0, restarts=1, seed=s) for s in range(20)]
+    assert len({c.inertia for c in one}) == 20, "drawn anew by each seed"
+    went_on = kmeans(DenseRows(x), 6, start="random", restarts=1, seed=3)
+    assert went_on.inertia == pytest.approx(kmeans(DenseRows(x), 6, start=one[3].centroids).inertia)
+    with pytest.raises(ValueError, match="start must be"):
+        kmeans(DenseRows(x), 6, start="rows")

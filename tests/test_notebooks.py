@@ -11,9 +11,13 @@ import papermill
 import pytest
 import torch
 from conftest import NOTEBOOKS
+from scipy.optimize import nnls
+from scipy.spatial.distance import cdist
+from sklearn.decomposition import NMF
 from sklearn.metrics import adjusted_rand_score
 
 import kmex_utils as kmex
+from kmex_utils import data
 from kmex_utils.explanation.passed import Passed
 from kmex_utils.method.attribution import attribution, carried
 from kmex_utils.method.composite import Normalisation
@@ -33,6 +37,9 @@ TINY = {
     "13_open_choices": dict(prototypes_per_class=2, restarts=2, fit_on=8, attribution_images=5, seeds=[3]),
     "14_depth": dict(start_blocks=[4, 2], prototypes_per_class=[1, 3], fit_on=8, restarts=2, seeds=[3]),
     "17_faithfulness": dict(prototypes_per_class=2, fit_on=8, images=2, steps=3, rise_masks=4, seeds=[3]),
+    "18_concepts": dict(prototypes_per_class=2, restarts=1, fit_on=8, start_blocks=[4, 2], scales=["1"], seeds=[3])
+    | dict(regions=6, crops=4, measured=6, shown=2),
+    "19_certainty": dict(prototypes_per_class=2, restarts=1, fit_on=8, start_blocks=[4, 2], refits=2, seeds=[3]),
     "11_scaling": dict(repeats=1, images=[], prototypes_per_class=[], start_blocks=[], class_images=2, restarts=2)
     | dict(batch=1, prototypes=32, explanation_repeats=1, gradient_steps=2, stream_rows=[2000, 4000]),
 }
@@ -274,6 +281,79 @@ def test_faithfulness(story, passed):
     assert values["B234", "1/D", "deletion, mean colour"] == pytest.approx(np.mean(expected), abs=1e-4)
 
 
+@pytest.fixture(scope="module")
+def passed_part(story):
+    """The first eight images of each class, of either split."""
+    run = Run.of(story / "runs", "mnist-mini", 3)
+    images = data.reopen({**run.settings()["data"], "images_per_class": 8})
+    assert len(images.train) == len(images.test) == 80
+    return Passed.of(run.network(), images, 2)
+
+
+@pytest.mark.notebook
+def test_certainty(story, passed_part):
+    """Refits by their seeds: partitions need no matching, classes none either."""
+    table = pd.read_csv(story / "figures" / "mnist-mini" / "certainty.csv", keep_default_na=False)
+    numbers = table.set_index(["model", "scale", "measure"])
+    assert not numbers.index.duplicated().any() and len(numbers) == 3 * 8
+    assert set(table.refits) == {2} and set(table.seed) == {3} and set(table.grid) == {"1x1", "4x4"}
+    explainers = [passed_part.fit_encoder(2, Normalisation(), 2, seed=seed, restarts=1) for seed in (3, 4, 5)]
+    maps = [passed_part.map(explainer, "test") for explainer in explainers]
+    expected = {
+        "adjusted_rand": [adjusted_rand_score(maps[0].flatten(), q_s.flatten()) for q_s in maps[1:]],
+        "class": [float((q_s // 2 == maps[0] // 2).double().mean()) for q_s in maps[1:]],
+    }
+    for measure, values in expected.items():
+        row = numbers.loc["B234", "1/D", measure]
+        assert float(row.value) == pytest.approx(sum(values) / 2, abs=1e-5)
+        assert float(row.spread) == pytest.approx(abs(values[0] - values[1]) / 2**0.5, abs=1e-5)
+    prototype = numbers.xs("prototype", level="measure")[["value", "null", "random_rows"]].astype(float)
+    assert (prototype.value > prototype.random_rows).all() and prototype.loc["B234"].eval("value > null").all()
+    assert (numbers.xs("prototype_always", level="measure").value.astype(float) <= prototype.value).all()
+    for name in ("certainty.png", "certainty-maps.png"):
+        assert (story / "figures" / "mnist-mini" / name).stat().st_size > 5000
+
+
+@pytest.mark.notebook
+def test_concepts(story, passed_part):
+    """Accuracy and coverage of each method from rows as they are, by scikit-learn, SciPy and NumPy."""
+    table = pd.read_csv(story / "figures" / "mnist-mini" / "concepts.csv").set_index("method")
+    assert list(table.index) == ["B4", "B234, 1", "random rows", "NMF", "PCA", "SLIC", "neurons"]
+    assert "purity" not in table and table.loc["neurons"][["accuracy", "predicted_class"]].isna().all()
+    for name, explainer in (("B4", (4, "1/D")), ("B234, 1", (2, "1"))):
+        fitted = passed_part.fit_encoder(explainer[0], Normalisation(scale=explainer[1]), 2, seed=3, restarts=1)
+        expected = {metric: value for metric, _, value in passed_part.accuracies(fitted, ["test"])}
+        assert table.accuracy[name] == pytest.approx(expected["accuracy"], abs=1e-3)
+    labels, everything = passed_part.labels, torch.arange(80)
+    x = {split: passed_part.x[split].read(everything, 4)[0].flatten(1).double().numpy() for split in labels}
+    of_class = [x["train"][(labels["train"] == c).numpy()] for c in range(10)]
+    error = {name: np.empty((10, 80)) for name in ("random rows", "PCA", "NMF")}
+    for c, rows in enumerate(of_class):
+        drawn = torch.randperm(8, generator=torch.Generator().manual_seed(3 + 7919 * c))[:2].numpy()
+        unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in (x["test"], rows[drawn])]
+        error["random rows"][c] = cdist(*unit).min(1)
+        mean, (_, _, axes) = rows.mean(0), np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+        apart = x["test"] - mean
+        error["PCA"][c] = np.square(apart - apart @ axes[:2].T @ axes[:2]).sum(1)
+        factors = NMF(2, max_iter=500, random_state=3).fit(rows.astype(np.float32)).components_
+        error["NMF"][c] = [nnls(factors.T.astype(float), row)[1] for row in x["test"]]
+    network = Run.of(story / "runs", "mnist-mini", 3).network()
+    predicted = network.classifier(torch.from_numpy(x["test"]).float()).argmax(1).numpy()
+    for name, of_rows in error.items():
+        best = of_rows.argmin(0)
+        assert table.accuracy[name] == pytest.approx(100 * (best == labels["test"].numpy()).mean(), abs=1.3)
+        assert table.predicted_class[name] == pytest.approx(100 * (best == predicted).mean(), abs=1.3)
+    assert table.loc[["NMF", "PCA", "neurons"], "agreement"].tolist() == pytest.approx([1, 1, 1])
+    section5 = pd.read_csv(story / "figures" / "mnist-mini" / "section5.csv").set_index("claim")
+    alive = x["test"][:, x["test"].std(0) > 0]
+    r = np.corrcoef(alive, rowvar=False) - np.eye(alive.shape[1])
+    assert section5.value["neurons are often redundant"] == pytest.approx(100 * (r.max(1) > 0.9).mean(), abs=0.5)
+    assert section5.value["a single class leaves portions unexplained"] == pytest.approx(
+        100 - table.predicted_class["NMF"], abs=1e-3
+    )
+    assert (story / "figures" / "mnist-mini" / "concepts.png").stat().st_size > 5000
+
+
 @pytest.mark.notebook
 def test_report(story):
     folder = story / "figures" / "report"
@@ -372,6 +452,8 @@ def test_your_own_model_by_name_on_a_folder(folder, tmp_path):
         ("10_subset", {"seeds": [3], "fractions": []}, "fractions must lie in"),
         ("10_subset", {"seeds": [3], "draws": 0}, "draws must be at least 1"),
         ("10_subset", {"seeds": [3], "start_blocks": [5]}, "there is no block 5"),
+        ("18_concepts", {"seeds": [3], "fit_on": 8, "annotations": "none.csv"}, "none.csv does not exist"),
+        ("19_certainty", {"seeds": [3], "refits": 1}, "refits must be at least 2"),
         ("14_depth", {"seeds": [3], "fit_on": 8, "prototypes_per_class": [9]}, "8 images), fewer than K/C = 9"),
     ],
 )

@@ -28,7 +28,7 @@ ROOMS = {  # what each may import beside itself
     "__main__": {"cli"},
 }
 EXTRAS = {"anywidget", "captum", "faiss", "filelock", "ipywidgets", "papermill", "psutil", "scipy", "seaborn"}
-EXTRAS |= {"sklearn", "snakemake", "tabulate", "timm", "umap", "yaml"}
+EXTRAS |= {"skimage", "sklearn", "snakemake", "tabulate", "timm", "umap", "yaml"}
 WHEN_USED = {"jinja2", "matplotlib", "pandas", "pyarrow"}
 
 
@@ -75,7 +75,15 @@ def test_what_is_imported_late_is_offered_for_completion():
 
 def test_importing_brings_no_extra_and_no_plotting():
     """One process imports one after the other, and says after each what is there by then."""
-    names = "", ".method.measures", ".method.attribution", ".data", ".networks", ".explanation.explained"
+    names = (
+        "",
+        ".method.measures",
+        ".method.attribution",
+        ".data",
+        ".networks",
+        ".explanation.explained",
+        ".evaluation.certainty",
+    )
     code = "import sys\n" + "".join(
         f"import kmex_utils{name}; print(*{{module.partition('.')[0] for module in sys.modules}})\n" for name in names
     )

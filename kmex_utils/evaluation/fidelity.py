@@ -109,8 +109,8 @@ class Fidelity:
 
 def fidelity(maps: Mapping[str, Tensor], parts: Mapping[str, Parts], prototypes: int, seed: int = 0) -> Fidelity:
     """Of maps q_s [N, H, W] of K prototypes by split (``train``, ``test``) and the visible parts of the same images."""
-    shuffled = {split: _shuffled(q_s, seed) for split, q_s in maps.items()}
-    assigned, apart = ({split: at(q_s, parts[split]) for split, q_s in of.items()} for of in (maps, shuffled))
+    without = {split: shuffled(q_s, seed) for split, q_s in maps.items()}
+    assigned, apart = ({split: at(q_s, parts[split]) for split, q_s in of.items()} for of in (maps, without))
     visible, count = parts["test"], len(parts["test"].names)
 
     def mapped(prototype: Mapping[str, Tensor], fitted_on: str) -> Tensor:
@@ -132,10 +132,10 @@ def difference(one: Fidelity, other: Fidelity, metric: str = "nmi", draws: int =
     return one.scores()[metric] - other.scores()[metric], low, high
 
 
-def _shuffled(maps: Tensor, seed: int) -> Tensor:
-    """The same prototypes of each image [N, H, W] at positions of no meaning."""
-    keys = torch.rand(maps.flatten(1).shape, generator=torch.Generator().manual_seed(seed))
-    return maps.flatten(1).gather(1, keys.argsort(1)).view_as(maps)
+def shuffled(maps: Tensor, seed: int) -> Tensor:
+    """The same prototypes of each map [..., H, W] at positions of no meaning."""
+    keys = torch.rand(maps.flatten(-2).shape, generator=torch.Generator().manual_seed(seed))
+    return maps.flatten(-2).gather(-1, keys.argsort(-1)).view_as(maps)
 
 
 def _percent(table: Tensor) -> dict[str, float]:

@@ -11,8 +11,7 @@ from uuid import uuid4
 import numpy as np
 from matplotlib import colormaps
 
-from ..drawing import data_url, palette, png
-from .figure1 import COLOURED, GREY
+from ..drawing import COLOURED, GREY, data_url, palette, png
 from .interpretation import Interpretation
 
 if TYPE_CHECKING:

@@ -7,11 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from ..drawing import Colour, literal, palette, short, styled
+from ..drawing import COLOURED, Colour, coloured, literal, palette, short, styled
 from .interpretation import Interpretation, Patch
-
-COLOURED = 10  # largest prototypes, with a colour of their own and a patch: all that the style's palette tells apart
-GREY = 0.88  # of the others
 
 
 @styled
@@ -38,7 +35,7 @@ def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation, limit: floa
     top[0].imshow(image)
     predicted = short(part.predicted)
     top[0].set_title(f"{part.name}: predicts{' ' if len(predicted) < 10 else chr(10)}{predicted}")
-    top[1].imshow(_coloured(part), extent=extent)
+    top[1].imshow(coloured(part.map, len(part.patches)), extent=extent)
     top[1].set_title("explanation map")
     if part.attribution is None:
         top[2].text(0.5, 0.5, "no attribution:\neq. 11 does not hold", ha="center", va="center")
@@ -65,11 +62,3 @@ def _draw_patch(axes: Axes, patch: Patch, colour: Colour) -> None:
         axes.set_title(f"{name}\n{share}", fontsize=7, pad=3)
     for spine in axes.spines.values():
         spine.set(visible=True, color=colour, linewidth=3)
-
-
-def _coloured(part: Interpretation) -> np.ndarray:
-    """The map in the patches' colours, RGB; prototypes without a patch are light grey."""
-    rgb = np.full((*part.map.shape, 3), GREY)
-    for patch, colour in zip(part.patches, palette(COLOURED), strict=False):
-        rgb[part.map == patch.prototype] = colour
-    return rgb

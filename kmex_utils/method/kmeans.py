@@ -118,23 +118,31 @@ def kmeans(
     max_iterations: int = 300,
     tolerance: float = 1e-4,
     seed: int = 0,
-    start: torch.Tensor | None = None,
+    start: str | torch.Tensor = "k-means++",
 ) -> Clusters:
     """Lloyd's k-means from greedy k-means++, the best of several restarts.
 
     A restart ends when no assignment changes, or when its centroids move by less than ``tolerance`` times the mean
     variance of a coordinate (squared, summed; scikit-learn's rule, so it follows the data's scale; iterations,
-    restarts and tolerance are its defaults, too). Ties go to the lowest index. Sums are kept in float64. With
-    centroids ``start`` [K, D] there is one restart, from them.
+    restarts and tolerance are its defaults, too). Ties go to the lowest index. Sums are kept in float64.
+
+    ``start`` may also be ``random`` rows (the centroids themselves where ``max_iterations`` is 0), or centroids [K, D]:
+    then there is one restart, from them.
     """
     if not 1 <= k <= len(rows):
         raise ValueError(f"k must be between 1 and the {len(rows)} rows, got {k}")
     if restarts < 1:
         raise ValueError(f"restarts must be at least 1, got {restarts}")
-    if start is None:
-        centroids = _plus_plus(rows, k, restarts, torch.Generator().manual_seed(seed))
-    else:
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(start, torch.Tensor):
         centroids = start[None].to(rows.device) - rows.origin
+    elif start == "random":
+        drawn = [torch.randperm(len(rows), generator=generator)[:k] for _ in range(restarts)]
+        centroids = torch.stack([rows.rows(index.to(rows.device)) for index in drawn])
+    elif start == "k-means++":
+        centroids = _plus_plus(rows, k, restarts, generator)
+    else:
+        raise ValueError(f"start must be 'k-means++', 'random' or centroids, got {start!r}")
     restarts = len(centroids)
     threshold = tolerance * _mean_variance(rows)
     labels = torch.full((restarts, len(rows)), -1, dtype=products.index_type(k), device=rows.device)  # -1: none yet
