@@ -23,7 +23,7 @@ TABLES = f"{FIGURES}/{{dataset}}"
 PER_SEED = ["01_train", "02_cnn_as_sem", "03_kmex", "04_encoder", "05_protopnet"]
 TRAININGS = ["01_train", "05_protopnet"]
 STAGES = ["train", "sem", "kmex", "encoder", "protopnet"]
-PER_DATASET = ["06_alignment", "07_accuracy", "08_umap", "09_interpretation"]
+PER_DATASET = ["06_alignment", "07_accuracy", "08_umap", "09_interpretation", "17_faithfulness", "19_certainty"]
 TAKES = {  # parameters a data set's entry in the configuration may set, beside those the rules give
     "01_train": ["folder", "classes", "crop", "images_per_class", "validation", "held_out", "image_size", "flip",
                  "padding", "arch", "arch_args", "weights", "bias", "epochs", "batch_size", "learning_rate", "momentum",
@@ -44,7 +44,12 @@ TAKES = {  # parameters a data set's entry in the configuration may set, beside 
     "10_subset": ["fractions", "draws", "restarts", "device"],
     "13_open_choices": ["fit_on", "others", "device"],
     "14_depth": ["fit_on", "device"],
+    "16_fidelity": ["annotations", "fit_on", "weights", "device"],
+    "17_faithfulness": ["annotations", "images", "steps", "rise_masks", "device"],
+    "18_concepts": ["annotations", "device"],
+    "19_certainty": ["device"],
 }  # fmt: skip
+WITH_PARTS = [name for name, chosen in DATASETS.items() if name == "cub200" or (chosen or {}).get("annotations")]
 
 
 wildcard_constraints:
@@ -308,6 +313,94 @@ rule interpretation:
         execute("09_interpretation")
 
 
+rule faithfulness:
+    """17: whether the attribution points at what the network uses."""
+    input:
+        of_seeds(f"{RUN}/training.json"),
+        code=code("17_faithfulness"),
+    output:
+        f"{TABLES}/faithfulness.csv",
+        f"{TABLES}/faithfulness.png",
+        f"{TABLES}/faithfulness.pdf",
+    params:
+        given=given("17_faithfulness", seeds=seeds, threads=config["threads"], figures_folder=FIGURES),
+    log:
+        f"{DATA}/notebooks/17_faithfulness.ipynb",
+    benchmark:
+        f"{DATA}/cost/17_faithfulness.tsv"
+    resources:
+        gpu=1,
+    threads: config["threads"]
+    shell:
+        execute("17_faithfulness")
+
+
+rule certainty:
+    """19: how sure a map is, over refits."""
+    input:
+        of_seeds(f"{RUN}/training.json"),
+        code=code("19_certainty"),
+    output:
+        f"{TABLES}/certainty.csv",
+        f"{TABLES}/certainty.png",
+        f"{TABLES}/certainty.pdf",
+    params:
+        given=given("19_certainty", seeds=seeds, threads=config["threads"], figures_folder=FIGURES),
+    log:
+        f"{DATA}/notebooks/19_certainty.ipynb",
+    benchmark:
+        f"{DATA}/cost/19_certainty.tsv"
+    resources:
+        gpu=1,
+    threads: config["threads"]
+    shell:
+        execute("19_certainty")
+
+
+rule fidelity:
+    """16: fidelity to parts against accuracy, where a data set has parts; asked for by `extras`."""
+    input:
+        of_seeds(f"{RUN}/results-protopnet.json"),
+        code=code("16_fidelity"),
+    output:
+        f"{TABLES}/fidelity.csv",
+        f"{TABLES}/frontier.png",
+        f"{TABLES}/frontier.pdf",
+    params:
+        given=given("16_fidelity", seeds=seeds, threads=config["threads"], figures_folder=FIGURES),
+    log:
+        f"{DATA}/notebooks/16_fidelity.ipynb",
+    benchmark:
+        f"{DATA}/cost/16_fidelity.tsv"
+    resources:
+        gpu=1,
+    threads: config["threads"]
+    shell:
+        execute("16_fidelity")
+
+
+rule concepts:
+    """18: beside other ways to get concepts; asked for by `extras`."""
+    input:
+        of_seeds(f"{RUN}/training.json"),
+        code=code("18_concepts"),
+    output:
+        f"{TABLES}/concepts.csv",
+        f"{TABLES}/concepts.png",
+        f"{TABLES}/concepts.pdf",
+    params:
+        given=given("18_concepts", seeds=seeds, threads=config["threads"], figures_folder=FIGURES),
+    log:
+        f"{DATA}/notebooks/18_concepts.ipynb",
+    benchmark:
+        f"{DATA}/cost/18_concepts.tsv"
+    resources:
+        gpu=1,
+    threads: config["threads"]
+    shell:
+        execute("18_concepts")
+
+
 rule subset:
     """10: how many images the prototypes need; asked for by `extras`."""
     input:
@@ -409,10 +502,11 @@ rule scaling:
 
 
 rule extras:
-    """What goes beyond the paper: subsets, open choices, depth, the report and scaling."""
+    """What goes beyond the paper: subsets, open choices, depth, fidelity, concepts, the report and scaling."""
     input:
         f"{FIGURES}/{REPORT}/report.md",
-        expand(f"{TABLES}/{{study}}.csv", dataset=DATASETS, study=["subset", "ledger", "depth"]),
+        expand(f"{TABLES}/{{study}}.csv", dataset=DATASETS, study=["subset", "ledger", "depth", "concepts"]),
+        expand(f"{TABLES}/fidelity.csv", dataset=WITH_PARTS),
         f"{FIGURES}/scaling/fit.csv",
 
 
@@ -431,7 +525,7 @@ rule html_of_run:
 rule html_of_data:
     """Every executed notebook over a data set's trainings as a page."""
     input:
-        expand(f"{TABLES}/{{product}}", product=["table1.csv", "table2.csv", "figure1.png", "figure2.png"], allow_missing=True),
+        expand(f"{TABLES}/{{product}}", product=["table1.csv", "table2.csv", "figure1.png", "figure2.png", "faithfulness.csv", "certainty.csv"], allow_missing=True),
     output:
         pages(DATA, PER_DATASET),
     params:
