@@ -50,7 +50,7 @@ def matched(refit: EncoderKMeans, explainer: EncoderKMeans) -> EncoderKMeans:
     (Hungarian algorithm).
     """
     try:
-        from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+        from scipy.optimize import linear_sum_assignment
     except ImportError:
         raise ImportError("matching refits needs SciPy: pip install 'kmex-utils[sklearn]'") from None
     theirs, ours = (e.prototypes.vectors.double().unflatten(0, (e.classes, -1)) for e in (refit, explainer))

@@ -123,8 +123,17 @@ def check_fidelity(differences: pd.DataFrame, dataset: str) -> pd.DataFrame:
     pairs = differences[differences.metric == "nmi"].groupby(["more", "than"], sort=False)
     rows = []
     for (more, than), part in pairs:
-        measure, criterion = f"NMI_m, {more} - {than}, points", "its 95 % interval above 0"
-        row = {"dataset": dataset, "claim": "shallower blocks raise semantic fidelity", "measure": measure}
-        row |= {"criterion": criterion, "paper": np.nan, "mean": part.difference.mean(), "std": part.difference.std()}
-        rows.append({**row, "seeds": len(part), "holds_in": int((part.low > 0).sum())})
+        rows.append(
+            {
+                "dataset": dataset,
+                "claim": "shallower blocks raise semantic fidelity",
+                "measure": f"NMI_m, {more} - {than}, points",
+                "criterion": "its 95 % interval above 0",
+                "paper": np.nan,
+                "mean": part["difference"].mean(),
+                "std": part["difference"].std(),
+                "seeds": len(part),
+                "holds_in": int((part["low"] > 0).sum()),
+            }
+        )
     return pd.DataFrame(rows)
