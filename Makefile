@@ -13,7 +13,7 @@ paper: .venv/.complete ## the paper's three data sets, five seeds; prints what t
 	$(BIN)/kmex estimate config/paper.yaml
 	$(BIN)/kmex batch config/paper.yaml --cores $(CORES)
 
-check: .venv/.complete ## before a commit: format, lint, types, unit tests; a minute and a half
+check: .venv/.complete ## before a commit: format, lint, types, unit tests; two minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -25,7 +25,7 @@ test: .venv/.complete ## everything: as check, with notebooks, workflow and brow
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-zoo: .venv/.complete ## which of some 340 networks of torchvision and timm fit, checked independently; resumes where it stopped
+zoo: .venv/.complete ## which of some 400 networks of torchvision and timm fit, checked independently; resumes where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --csv runs/architectures.csv --jobs 2
 	$(BIN)/python benchmarks/architectures.py --csv runs/architectures.csv --families
 

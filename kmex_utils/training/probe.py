@@ -37,9 +37,9 @@ def fit_probe(network: Network, z: Tensor, labels: Tensor, penalty: float = 1.0)
     with torch.enable_grad():
         optimizer.step(loss)
     with torch.no_grad():
-        for own, fitted in zip((head.weight, head.bias), (weight, bias), strict=True):
-            if own is not None:
-                own.copy_(fitted)
+        head.weight.copy_(weight)
+        if bias is not None:
+            head.get_parameter("bias").copy_(bias)
         y = F.linear(z, weight.flatten(1), bias)
     accuracy = 100 * (y.argmax(1) == labels).double().mean().item()
     record = {"epoch": 1, "loss": F.cross_entropy(y, labels).item(), "accuracy": accuracy, "learning_rate": 0.0}
