@@ -87,7 +87,7 @@ def imputed(x: torch.Tensor, removed: torch.Tensor, noise: float = 0.01, seed: i
     Each is the mean of its eight neighbours, those beside it weighted twice those across a corner, removed ones by
     their own imputed value; then normal noise is added. Where nothing is left it is the image's mean.
     """
-    from scipy.sparse.linalg import spsolve
+    from scipy.sparse.linalg import splu
 
     generator, filled = torch.Generator().manual_seed(seed), x.clone()
     laplacian = _laplacian(*removed.shape[1:])
@@ -100,8 +100,9 @@ def imputed(x: torch.Tensor, removed: torch.Tensor, noise: float = 0.01, seed: i
         else:
             rows = laplacian[gone]
             known = -(rows[:, ~gone] @ values[:, ~gone].T)
-            solution = spsolve(rows[:, gone].tocsc(), known, permc_spec="MMD_AT_PLUS_A")  # a quarter faster here
-            solved = torch.from_numpy(solution).view(len(known), -1).T
+            # positive definite: no pivots. With them the same order took 27 s for 80 % of 224 x 224 scattered pixels
+            factors = splu(rows[:, gone].tocsc(), "MMD_AT_PLUS_A", 0.0, options={"SymmetricMode": True})  # 0.2 s
+            solved = torch.from_numpy(factors.solve(known)).T
         image[:, hole] = (solved + noise * torch.randn(solved.shape, generator=generator)).to(x)
     return filled
 
