@@ -373,8 +373,8 @@ def passed_of(run, scratch):
     given = run.settings()["data"]
     most = min(filter(None, (given["images_per_class"], fit_on)), default=0)
     images, network = data.reopen({**given, "images_per_class": most}), run.network()
-    passed = Passed.of(network, images, min(start_blocks), store="auto", folder=scratch, device=device)
     visible = parts(images, annotations) if annotations or given["source"] == "cub200" else {}
+    passed = Passed.of(network, images, min(start_blocks), store="auto", folder=scratch, device=device)
     return images, network, passed, visible
 
 
