@@ -195,7 +195,7 @@ def methods_of(cuts):
         name = f"{names[b]}, {scale}" if b < last else names[b]
         methods[name] = partial(by_kmeans, start_block=b, scale=scale, restarts=restarts)
     methods["random rows"] = partial(by_kmeans, start_block=last, scale=scales[0], **RANDOM)
-    methods["NMF"] = partial(by_factors, model=partial(NMF, max_iter=500), low=0)
+    methods["NMF"] = partial(by_factors, model=partial(NMF, max_iter=1000), low=0)
     methods["PCA"] = partial(by_factors, model=PCA, low=-torch.inf)
     return methods | {"SLIC": partial(by_slic, cuts=cuts), "neurons": by_neurons}
 
@@ -209,7 +209,7 @@ def methods_of(cuts):
 
 # %%
 def between(passed, index, maps):
-    """Share of the variance between the segments of maps [n, H, W] laid over images of an index [n]."""
+    """Share of the variance between the segments of maps [n, H, W] laid over images of an index [n], [n]."""
     x = passed.x["test"].read(index, passed.x["test"].first)
     shares = []
     for h, q_s in zip(x[-1], resampled(maps, x[0].shape[2:]), strict=True):
@@ -218,7 +218,7 @@ def between(passed, index, maps):
         segments = F.one_hot(q_s.flatten().unique(return_inverse=True)[1]).float()
         means = h @ segments / segments.sum(0)
         shares.append((means.square() * segments.sum(0)).sum() / h.square().sum())
-    return float(torch.stack(shares).nanmean())
+    return torch.stack(shares)
 
 
 def chosen(passed):
@@ -300,8 +300,8 @@ def asked(passed, name, method, k, seed, visible):
     record |= of_parts(maps, visible, concepts, grid(passed), seed) if visible else {}
     record |= of_classes(passed, q_s, k) if name != "neurons" else {}
     record["explained"] = explained(passed, name, record)
-    record["variance"] = between(passed, index, q_s[index])
-    record["null_variance"] = between(passed, index, q_s[index].roll(1, 0))  # another image's map
+    own, null = (between(passed, index, of).numpy() for of in (q_s[index], q_s[index].roll(1, 0)))  # another image's
+    record |= {"variance": own.mean(), "null_variance": null.mean(), "spread_variance": own.std() / len(own) ** 0.5}
     return {**record, **refits(passed, method, k, seed, q_s), "seconds": seconds}, q_s
 
 
@@ -330,7 +330,7 @@ def redundancy(passed, seed):
 def cropped(pixels, region, grey):
     """A region, bool [H, W], of an image [C, H, W] alone, scaled to the image's size."""
     y, x = (region.any(axis).nonzero().flatten() for axis in (1, 0))
-    alone = torch.where(region, torch.from_numpy(pixels).float(), grey)
+    alone = torch.where(region, torch.tensor(pixels).float(), grey)
     part = alone[None, :, y[0] : y[-1] + 1, x[0] : x[-1] + 1]
     return F.interpolate(part, region.shape, mode="bilinear")[0].round().byte().numpy()
 
@@ -373,8 +373,8 @@ def passed_of(run, scratch):
     given = run.settings()["data"]
     most = min(filter(None, (given["images_per_class"], fit_on)), default=0)
     images, network = data.reopen({**given, "images_per_class": most}), run.network()
-    passed = Passed.of(network, images, min(start_blocks), store="auto", folder=scratch, device=device)
     visible = parts(images, annotations) if annotations or given["source"] == "cub200" else {}
+    passed = Passed.of(network, images, min(start_blocks), store="auto", folder=scratch, device=device)
     return images, network, passed, visible
 
 
@@ -443,8 +443,9 @@ drawing.save(figure, folder / "concepts")
 # %% [markdown]
 # ## The claims of section 5
 #
-# Each with its number, what it would be by chance, and the criterion by which it holds. The variance between segments
-# is adjusted for chance: 0 for another image's map, 1 for a map that explains all of it.
+# Each with its number, its spread (over images for the first, else over trainings), what it would be by chance, and the
+# criterion by which it holds. The variance between segments is adjusted for chance: 0 for another image's map, 100 for
+# a map that explains all of it. The last holds for any map that is restricted so, ours too: see `predicted_class`.
 
 
 # %%
@@ -466,7 +467,12 @@ claims = {
 # %%
 claims = pd.DataFrame(claims.items(), columns=["claim", "measure"])
 claims["value"] = [by_regions, said.apart, said.redundant, other_class]
-claims["spread"] = [np.nan, *section5[["apart", "redundant"]].std(), np.nan]
+of_images = 100 * means.spread_variance["SLIC"] / (1 - means.null_variance["SLIC"])
+claims["spread"] = [
+    of_images,
+    *section5[["apart", "redundant"]].std(),
+    table.predicted_class[table.method == "NMF"].std(),
+]
 claims["chance"] = [0, 5, said.null_redundant, 100 - 100 / classes]
 claims["holds if"] = [f"below {last}'s {by_prototypes:.1f}", "above 50: likely", "above 25: often", "above 5"]
 claims["holds"] = [by_regions < by_prototypes, said.apart > 50, said.redundant > 25, other_class > 5]

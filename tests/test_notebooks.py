@@ -452,7 +452,7 @@ def test_your_own_model_by_name_on_a_folder(folder, tmp_path):
         ("10_subset", {"seeds": [3], "fractions": []}, "fractions must lie in"),
         ("10_subset", {"seeds": [3], "draws": 0}, "draws must be at least 1"),
         ("10_subset", {"seeds": [3], "start_blocks": [5]}, "there is no block 5"),
-        ("18_concepts", {"seeds": [3], "fit_on": 8, "annotations": "none.csv"}, "none.csv does not exist"),
+        ("18_concepts", {"seeds": [3], "fit_on": 8, "annotations": "parts.csv"}, "annotations belong to a folder"),
         ("19_certainty", {"seeds": [3], "refits": 1}, "refits must be at least 2"),
         ("14_depth", {"seeds": [3], "fit_on": 8, "prototypes_per_class": [9]}, "8 images), fewer than K/C = 9"),
     ],
