@@ -105,8 +105,8 @@ def test_fidelity(tmp_path):
                 ]
     (tmp_path / "keypoints.csv").write_text("\n".join(keypoints))
     shared = {"dataset": "squares", "runs": str(tmp_path / "runs")}
-    execute("01_train", tmp_path, **shared, folder=str(tmp_path / "squares"), frozen=True, arch="resnet18", image_size=64,
-            weights="scratch")  # fmt: skip
+    frozen = {"folder": str(tmp_path / "squares"), "frozen": True, "arch": "resnet18", "weights": "scratch"}
+    execute("01_train", tmp_path, **shared, **frozen, image_size=64)
     small = {"prototypes_per_class": [1, 2], "named": 2, "weights": [1.0], "shared": [2], "refits": 2, "restarts": 1}
     execute("16_fidelity", tmp_path, **shared, **small, annotations=str(tmp_path / "keypoints.csv"),
             figures_folder=str(tmp_path / "figures"))  # fmt: skip
