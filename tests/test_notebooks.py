@@ -11,6 +11,7 @@ import papermill
 import pytest
 import torch
 from conftest import NOTEBOOKS
+from PIL import Image
 from scipy.optimize import nnls
 from scipy.spatial.distance import cdist
 from sklearn.decomposition import NMF
@@ -92,6 +93,42 @@ def story(tmp_path_factory):
 def results(story, stage):
     content = json.loads((story / "runs" / "mnist-mini" / "seed-3" / f"results-{stage}.json").read_text())
     return {(r["model"], r["metric"], r["split"]): r["value"] for r in content["records"]}
+
+
+@pytest.mark.notebook
+def test_fidelity(tmp_path):
+    """On squares whose corners are parts: a frozen network, every explainer by every measure, and the baselines."""
+    generator, keypoints = np.random.default_rng(0), ["image,part,x,y"]
+    for split, count in (("train", 6), ("test", 4)):
+        for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+            (tmp_path / "squares" / split / name).mkdir(parents=True)
+            for i in range(count):
+                x, y = generator.integers(4, 28, 2)
+                pixels = generator.integers(0, 60, (64, 64, 3)).astype(np.uint8)
+                pixels[y : y + 30, x : x + 30] = colour
+                file = f"{split}/{name}/{i}.png"
+                Image.fromarray(pixels).save(tmp_path / "squares" / file)
+                keypoints += [
+                    f"{file},{part},{x + dx},{y + dy}" for part, dx, dy in (("top", 2, 2), ("bottom", 28, 28))
+                ]
+    (tmp_path / "keypoints.csv").write_text("\n".join(keypoints))
+    shared = {"dataset": "squares", "runs": str(tmp_path / "runs")}
+    frozen = {"folder": str(tmp_path / "squares"), "frozen": True, "arch": "resnet18", "weights": "scratch"}
+    execute("01_train", tmp_path, **shared, **frozen, image_size=64)
+    small = {"prototypes_per_class": [1, 2], "named": 2, "weights": [1.0], "shared": [2], "refits": 2, "restarts": 1}
+    execute("16_fidelity", tmp_path, **shared, **small, annotations=str(tmp_path / "keypoints.csv"),
+            figures_folder=str(tmp_path / "figures"))  # fmt: skip
+    records = pd.read_csv(tmp_path / "figures" / "squares" / "fidelity.csv", keep_default_na=False)
+    assert {"CNN", "B4", "B34", "B234", "position", "ceiling of B2", "B4 on the grid of B2"} <= {*records.model}
+    assert {*records["of"]} == {"all classes", "own class", "shared"}
+    # the corners of a square are far apart: the place alone tells most of them, and on 8 x 8 cells all
+    of = records.set_index(["model", "metric"])["value"].astype(float)
+    assert of["ceiling of B2", "purity"] == 100
+    assert of["position", "purity"] >= 80
+    assert records[records.metric == "purity"].value.astype(float).between(0, 100).all()
+    differences = pd.read_csv(tmp_path / "figures" / "squares" / "fidelity-differences.csv")
+    assert (differences.low <= differences.high).all() and len(differences)
+    assert (tmp_path / "figures" / "squares" / "frontier.png").stat().st_size > 5000
 
 
 @pytest.mark.notebook
