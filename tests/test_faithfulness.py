@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -381,7 +382,9 @@ def test_a_bench_measures_by_these_functions(network, digits):
     for name, fill in (("mean colour", faithfulness.mean_colour(x)), ("blur", faithfulness.blurred(x))):
         torch.testing.assert_close(values[f"deletion, {name}"], area(*on, fill))
         torch.testing.assert_close(values[f"insertion, {name}"], area(*on, fill, insertion=True))
-    torch.testing.assert_close(values["ROAD"], area(*on[:3], steps_of(sized, 5), None))
+    torch.testing.assert_close(values["ROAD"], area(*on[:3], steps_of(sized, 5), None), rtol=1e-3, atol=1e-4)
+    broken = bench.with_ties_broken(att)
+    assert broken.shape == (3,) and not torch.equal(broken, bench.with_ties_broken(att))
     c_j = network.c[bench.target]
     effect = faithfulness.effects(bench.h, c_j, torch.zeros(512), (2, 2))
     torch.testing.assert_close(values["exact deletion"], faithfulness.exact_deletion(att, effect).detach())
@@ -389,6 +392,15 @@ def test_a_bench_measures_by_these_functions(network, digits):
     assert null["pointing game"].tolist()[:2] == [0.25, (23 / 32) ** 2] and null["energy inside"][2].isnan()
     assert values["pointing game"][2].isnan() and values["energy inside"][2].isnan()
     assert set(null) == set(values) and (null["exact deletion"] == 0.5).all()
+
+
+def test_what_cannot_be_measured_is_one_line():
+    scaled = SimpleNamespace(form="scaled", name="ConvNeXt")
+    with pytest.raises(ValueError, match="^exact deletion needs a linear head, ConvNeXt has none: leave mean out$"):
+        faithfulness.Bench(scaled, torch.zeros(1, 3, 8, 8), mean=torch.zeros(4))
+    unnamed = SimpleNamespace(name="Own", blocks=("relu", "h"), module=torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="^block 1 of Own ends at no module, its weights cannot be told apart$"):
+        faithfulness.randomised(unnamed, 2)
 
 
 @pytest.mark.slow

@@ -128,18 +128,21 @@ def area(
     *,
     insertion: bool = False,
     seed: int = 0,
+    ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The area under y_target while pixels are removed, step by step, [N]; the mean of the curve.
 
     ``step`` as of :func:`steps_of`. Removed pixels become those of ``fill``, like x, or are ``imputed`` (None). With
     ``insertion`` nothing but the fill is there at first and pixels come. By the trapezoidal rule over the share of
-    pixels that have actually gone, from none to all.
+    pixels that have actually gone, from none to all; ``ends`` [N, 2] are y_target at both, if they are known.
     """
     steps = torch.arange(int(step.max()) + 1)
     share = torch.stack([(step <= k).float().mean((1, 2)) for k in steps.tolist()], 1).cpu().double()
     moved = share.diff(dim=1, prepend=share.new_full((len(x), 1), -1)) > 0
-    value = torch.zeros_like(share)
-    for i, k in zip(*(index.split(BATCH) for index in moved.nonzero(as_tuple=True)), strict=True):
+    value, unknown = torch.zeros_like(share), moved.clone()
+    if ends is not None:
+        value[:, [0, -1]], unknown[:, [0, -1]] = ends.double(), False
+    for i, k in zip(*(index.split(BATCH) for index in unknown.nonzero(as_tuple=True)), strict=True):
         removed = (step[i] <= k[:, None, None].to(step.device)) != insertion
         filled = imputed(x[i], removed, seed=seed) if fill is None else fill[i]
         images = torch.where(removed[:, None], filled, x[i])
@@ -315,6 +318,8 @@ class Bench:
     ----------
     target, h
         Classes [N] and encoder outputs [N, D, H, W].
+    ends
+        By fill y_target of the images as they are and with nothing but the fill, [N, 2].
     """
 
     def __init__(
@@ -337,6 +342,9 @@ class Bench:
         self.target = torch.cat([y for _, y in passes]).argmax(1) if target is None else target.to(x.device)
         self.y, self.fills = probabilities(network), {"mean colour": mean_colour(x), "blur": blurred(x)}
         self.generator = torch.Generator().manual_seed(seed)
+        nothing_left = {**self.fills, "ROAD": imputed(x, torch.ones_like(x[:, 0], dtype=torch.bool), seed=seed)}
+        whole, *filled = (self._y_target(images) for images in (x, *nothing_left.values()))
+        self.ends = {name: torch.stack([whole, y], 1) for name, y in zip(nothing_left, filled, strict=True)}
 
     def measure(self, att: torch.Tensor, smooth: bool = False) -> dict[str, torch.Tensor]:
         """Every measure of an attribution on a grid of its own, by name, [N] each.
@@ -367,7 +375,11 @@ class Bench:
     def with_ties_broken(self, att: torch.Tensor) -> torch.Tensor:
         """Deletion with the mean colour in one random order of tied pixels, [N]."""
         ranks = shuffled_ties(at_pixels(att.to(self.x.device), self.x.shape[2:]), self.generator)
-        return area(self.y, self.x, self.target, steps_of(ranks, self.steps), self.fills["mean colour"])
+        fill, ends = (of["mean colour"] for of in (self.fills, self.ends))
+        return area(self.y, self.x, self.target, steps_of(ranks, self.steps), fill, ends=ends)
+
+    def _y_target(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.y(part) for part in images.split(BATCH)]).gather(1, self.target[:, None])[:, 0].cpu()
 
     def _areas(self, att: torch.Tensor, smooth: bool) -> dict[str, torch.Tensor]:
         sized = at_pixels(att, self.x.shape[2:], smooth)
@@ -375,8 +387,10 @@ class Bench:
         values = {}
         for name, insertion in (("deletion", False), ("insertion", True)):
             for of, fill in self.fills.items():
-                values[f"{name}, {of}"] = area(*on, step, fill, insertion=insertion)
-        return values | {"ROAD": area(*on, steps_of(sized, ROAD_LEVELS + 1), None, seed=self.seed)}
+                ends = self.ends[of].flip(1) if insertion else self.ends[of]
+                values[f"{name}, {of}"] = area(*on, step, fill, insertion=insertion, ends=ends)
+        road = area(*on, steps_of(sized, ROAD_LEVELS + 1), None, seed=self.seed, ends=self.ends["ROAD"])
+        return values | {"ROAD": road}
 
 
 def summary(values: Mapping[str, torch.Tensor], null: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
