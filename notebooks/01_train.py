@@ -148,9 +148,10 @@ if earlier.is_file():
 # %%
 run = Run.of(runs, dataset, seed)
 options = {"seed": seed, "checkpoint": run.training_state, "precision": precision, "device": device}
+z = {}
 if frozen:
-    z = embed(network, images, "train", device=device)
-    history = fit_probe(network.cpu(), z, images.train.labels)
+    z["train"] = embed(network, images, "train", device=device)
+    history = fit_probe(network.cpu(), z["train"], images.train.labels)
 else:
     history = train(network, images, schedule, **augmentation, made_by=made_by, **options)
 
@@ -167,7 +168,7 @@ figures.training_curve(history)
 # %%
 from kmex_utils.method.measures import accuracy
 
-z = {split: embed(network, images, split, device=device) for split in ("train", "test")}
+z |= {split: embed(network, images, split, device=device) for split in ("train", "test") if split not in z}
 labels = {split: images.split(split).labels for split in z}
 y = {split: network.cpu().classifier(z[split]) for split in z}
 reached = {split: accuracy(y[split].argmax(1), labels[split]) for split in z}

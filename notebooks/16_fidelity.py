@@ -55,11 +55,13 @@ from kmex_utils.method.explainers import block_name
 from kmex_utils.paper.runs import Run, trained_seeds
 
 settings = parameters.check(globals())
+if named not in prototypes_per_class:
+    raise ValueError(f"named must be one of prototypes_per_class, {prototypes_per_class}, got {named}")
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
-seeds = seeds or trained_seeds(runs, dataset)
+seeds, last = seeds or trained_seeds(runs, dataset), max(start_blocks)
 all_runs = [Run.of(runs, dataset, seed) for seed in seeds]
-points = [(b, scale) for b in start_blocks for scale in (scales if b < max(start_blocks) else scales[:1])]
-[f"{block_name(b)}, {scale}" for b, scale in points]
+points = [(b, scale) for b in start_blocks for scale in (scales if b < last else scales[:1])]
+[f"{block_name(b, last)}, {scale}" for b, scale in points]
 
 # %% [markdown]
 # ## Parts
@@ -175,7 +177,7 @@ from kmex_utils.explanation.passed import Passed
 from kmex_utils.store import save_text
 
 folder = paths.resolve(figures_folder) / dataset
-rows, named_maps = [], {}
+rows, named_maps, of_last = [], {}, {}
 
 
 def note(values, **of):
@@ -193,7 +195,7 @@ passes = {}
 for run in all_runs:
     network = run.network()
     passes[run.seed] = passed = Passed.of(network, images, min(start_blocks), device=device)
-    index, coarse = passed.first_of_each_class(fit_on), passed.x["test"].read(torch.tensor([0]), 4)[0].shape[2:]
+    index, coarse = passed.first_of_each_class(fit_on), passed.x["test"].read(torch.tensor([0]), last)[0].shape[2:]
     noisy = noisy_activations(network, min(start_blocks))
     note(
         [("", "accuracy_test", accuracy(passed.y["test"].argmax(1), passed.labels["test"]))], seed=run.seed, model="CNN"
@@ -202,17 +204,26 @@ for run in all_runs:
         for refit in range(refits if k == named else 1):
             start = time.perf_counter()
             explainer, maps = fit(passed, b, scale, k, run.seed + 1000 * refit)
-            of = {"model": block_name(b), "scale": scale, "prototypes_per_class": k, "seed": run.seed, "refit": refit}
+            of = {
+                "model": block_name(b, last),
+                "scale": scale,
+                "prototypes_per_class": k,
+                "seed": run.seed,
+                "refit": refit,
+            }
             own, values = of_maps(maps, len(explainer.prototypes), coarse)
             note([*values, *predicted(explainer, maps, passed)], **of)
             if k != named:
                 continue
-            named_maps[run.seed, block_name(b), scale, refit] = own
+            named_maps[run.seed, block_name(b, last), scale, refit] = own
             note(sameness(explainer, passed, noisy, min(start_blocks)), **of)
             if refit == 0:
+                of_last |= {run.seed: explainer} if b == last else {}
                 alone = {split: own_class(explainer, passed, split) for split in maps}
                 note(of_maps(alone, len(explainer.prototypes), coarse)[1], **{**of, "of": "own class"})
-            print(f"seed {run.seed}, {block_name(b)}, {scale}, refit {refit}: {time.perf_counter() - start:.0f} s")
+            print(
+                f"seed {run.seed}, {block_name(b, last)}, {scale}, refit {refit}: {time.perf_counter() - start:.0f} s"
+            )
 
 # %% [markdown]
 # ## What a finer grid alone gives
@@ -222,17 +233,17 @@ for run in all_runs:
 
 # %%
 for seed, passed in passes.items():
-    explainer, _ = fit(passed, 4, scales[0], named, seed)
+    explainer = of_last[seed]
     every = {split: torch.arange(len(of)) for split, of in passed.labels.items()}
-    for b in (b for b in start_blocks if b < 4):
+    for b in (b for b in start_blocks if b < last):
         grid = passed.x["test"].read(torch.tensor([0]), b)[0].shape[2:]
         maps = {}
         for split, members in every.items():
-            of_b4 = passed.x[split].rows(members, 4, explainer.normalisation, keep=False)
-            maps[split] = f.finer(explainer, of_b4, tuple(grid))
-        of = {"model": f"B4 on the grid of B{b}", "scale": scales[0], "prototypes_per_class": named, "seed": seed}
+            of_last_block = passed.x[split].rows(members, last, explainer.normalisation, keep=False)
+            maps[split] = f.finer(explainer, of_last_block, tuple(grid))
+        of = {"model": f"B{last} on the grid of B{b}", "scale": scales[0], "prototypes_per_class": named, "seed": seed}
         own, values = of_maps(maps, len(explainer.prototypes), coarse)
-        named_maps[seed, f"B4 on the grid of B{b}", scales[0], 0] = own
+        named_maps[seed, f"B{last} on the grid of B{b}", scales[0], 0] = own
         note([*values, *predicted(explainer, maps, passed)], **of, refit=0)
 
 # %% [markdown]
@@ -268,7 +279,7 @@ surface = []
 for seed, passed in passes.items():
     for b, scale in (point for point in plane if point[0] in start_blocks):
         right, nmi = tried(passed, b, scale, seed)
-        surface.append({"seed": seed, "model": block_name(b), "scale": scale, "accuracy": right, "nmi": nmi})
+        surface.append({"seed": seed, "model": block_name(b, last), "scale": scale, "accuracy": right, "nmi": nmi})
 surface = pd.DataFrame(surface, columns=["seed", "model", "scale", "accuracy", "nmi"])
 save_text(folder / "weights.csv", surface.to_csv(index=False, float_format="%.6g"))
 surface.groupby(["model", "scale"], sort=False)[["accuracy", "nmi"]].mean().round(1)
@@ -284,12 +295,12 @@ for model, of_model in surface.groupby("model", sort=False):
     chosen[model] = mean[mean.accuracy >= mean.accuracy.max() - 1].nmi.idxmax()
 for seed, passed in passes.items():
     index = passed.first_of_each_class(fit_on)
-    for b in (b for b in start_blocks if block_name(b) in chosen):
-        scale = chosen[block_name(b)]
+    for b in (b for b in start_blocks if block_name(b, last) in chosen):
+        scale = chosen[block_name(b, last)]
         explainer, maps = fit(passed, b, scale, named, seed)
         own, values = of_maps(maps, len(explainer.prototypes), coarse)
-        named_maps[seed, block_name(b), scale, 0] = own
-        of = {"model": block_name(b), "scale": scale, "prototypes_per_class": named, "seed": seed, "refit": 0}
+        named_maps[seed, block_name(b, last), scale, 0] = own
+        of = {"model": block_name(b, last), "scale": scale, "prototypes_per_class": named, "seed": seed, "refit": 0}
         note([*values, *predicted(explainer, maps, passed)], **of, chosen=True)
 chosen
 
@@ -318,7 +329,7 @@ for seed, passed in passes.items():
     one = replace(passed, classes=("all",), labels={split: torch.zeros_like(of) for split, of in passed.labels.items()})
     for (b, scale), k in ((point, k) for point in points for k in shared):
         explainer, maps = fit(one, b, scale, k, seed)
-        of = {"model": block_name(b), "scale": scale, "prototypes_per_class": k, "seed": seed, "of": "shared"}
+        of = {"model": block_name(b, last), "scale": scale, "prototypes_per_class": k, "seed": seed, "of": "shared"}
         note(of_maps(maps, k, coarse)[1], **of, refit=0)
 
 # %% [markdown]
@@ -401,14 +412,16 @@ others.pivot_table(index=["model"], columns="metric", values="value", sort=False
 # with replacement. One has *more fidelity* than another where the interval excludes zero in every seed.
 
 # %%
-coarse_of = {block_name(b): f"B4 on the grid of B{b}" for b in start_blocks if b < 4}
-pairs = [((block_name(b), scale), ("B4", scales[0])) for b, scale in points if b < 4]
-pairs += [((model, scale), ("B4", scales[0])) for model, scale in chosen.items()]
-pairs += [((block_name(b), scale), (coarse_of[block_name(b)], scales[0])) for b, scale in points if b < 4]
+coarse_of = {block_name(b, last): f"B{last} on the grid of B{b}" for b in start_blocks if b < last}
+pairs = [((block_name(b, last), scale), (block_name(last, last), scales[0])) for b, scale in points if b < last]
+pairs += [((model, scale), (block_name(last, last), scales[0])) for model, scale in chosen.items()]
+pairs += [
+    ((block_name(b, last), scale), (coarse_of[block_name(b, last)], scales[0])) for b, scale in points if b < last
+]
 if 2 in start_blocks and 3 in start_blocks:
     pairs += [(("B234", scale), ("B34", scale)) for scale in scales]
 if any(key[1] == "ProtoPNet" for key in named_maps):
-    pairs += [(("B4", scales[0]), ("ProtoPNet", ""))]
+    pairs += [((block_name(last, last), scales[0]), ("ProtoPNet", ""))]
 rows = []
 for seed in seeds:
     for one, other in pairs:

@@ -216,9 +216,9 @@ def _masks(dataset: Dataset, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
                     mask = np.asarray(image, dtype=int)
             except UNREADABLE as error:
                 raise ValueError(f"cannot read {file}: {reason(error)}") from None
-            if mask.shape != _size(dataset, name)[::-1]:
-                size = "{} x {}".format(*_size(dataset, name))
-                raise ValueError(f"{file} is no mask of its image: it needs one channel and {size} pixels")
+            width, height = _size(dataset, name)
+            if mask.shape != (height, width):
+                raise ValueError(f"{file} is no mask of its image: it needs one channel and {width} x {height} pixels")
             yield name, mask
 
 

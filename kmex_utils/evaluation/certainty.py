@@ -9,6 +9,7 @@ from ..explanation.explained import Explained
 from ..explanation.passed import Passed
 from ..method.explainers import EncoderKMeans
 from ..method.prototypes import Prototypes
+from .fidelity import adjusted_for_chance, pairs
 
 
 def certainty(of: Passed | Explained, explainer: EncoderKMeans, refits: int = 5, **options: Any) -> torch.Tensor:
@@ -87,21 +88,16 @@ def agreement(explainer: EncoderKMeans, q_s: torch.Tensor, others: torch.Tensor)
 
 
 def adjusted_rand(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Adjusted Rand index (Hubert & Arabie 1985) of each row of two labellings, int [N, M] each: [N].
-
-    1: the same partition, 0: as by chance. Two partitions that both put all into one, or each alone, are the same.
-    """
-    k = int(b.max()) + 1
-    together, of_a, of_b = _pairs(a * k + b), _pairs(a), _pairs(b)
-    expected = of_a * of_b / (a.shape[1] * (a.shape[1] - 1) / 2 or 1)
-    largest = (of_a + of_b) / 2
-    return torch.where(largest == expected, 1.0, (together - expected) / (largest - expected))
+    """Adjusted Rand index of each row of two labellings, int [N, M] each: [N]."""
+    both = a * (int(b.max()) + 1) + b
+    together, of_a, of_b = (_pairs_alike(labels) for labels in (both, a, b))
+    return adjusted_for_chance(together, of_a, of_b, pairs(torch.tensor(float(a.shape[1]))))
 
 
-def _pairs(labels: torch.Tensor) -> torch.Tensor:
+def _pairs_alike(labels: torch.Tensor) -> torch.Tensor:
     """Pairs in each row of labels [N, M] that have one label, float64 [N]."""
     width = int(labels.max()) + 1
     row = torch.arange(len(labels), device=labels.device)[:, None]
     code, count = (row * width + labels).unique(return_counts=True)
-    pairs = (count * (count - 1) / 2).double()
-    return pairs.new_zeros(len(labels)).index_add_(0, code // width, pairs)
+    alike = pairs(count.double())
+    return alike.new_zeros(len(labels)).index_add_(0, code // width, alike)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ..hardware import exact
 from ..method.attribution import segment_mean, upsample
 from ..networks import Network
+from . import certainty
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -224,11 +225,9 @@ def randomised(network: Network, block: int, seed: int = 0) -> Network:
 
 def adjusted_rand(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Adjusted Rand index of the segments of two maps [N, H, W] of the same images, [N]; NaN where both have one."""
-    from sklearn.metrics import adjusted_rand_score
-
-    pairs = zip(a.flatten(1).tolist(), b.flatten(1).tolist(), strict=True)
-    found = [adjusted_rand_score(u, v) if len({*u}) > 1 or len({*v}) > 1 else torch.nan for u, v in pairs]
-    return torch.tensor(found, dtype=torch.float64)
+    a, b = a.flatten(1), b.flatten(1)
+    one = (a == a[:, :1]).all(1) & (b == b[:, :1]).all(1)
+    return certainty.adjusted_rand(a, b).masked_fill(one, torch.nan)
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

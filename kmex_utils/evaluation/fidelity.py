@@ -41,10 +41,8 @@ def agreement(tables: Tensor) -> dict[str, Tensor]:
     joint = _entropy(n.flatten(1) / total[:, None])
     mean = (entropies[0] + entropies[1]) / 2
     nmi = torch.where(mean > 0, (entropies[0] + entropies[1] - joint) / mean, 1.0)
-    pairs, same_row, same_column = (_pairs(part).sum(1) for part in (n.flatten(1), rows, columns))
-    expected = same_row * same_column / _pairs(total)
-    largest = (same_row + same_column) / 2
-    ari = torch.where(largest > expected, (pairs - expected) / (largest - expected), 1.0)
+    together, of_rows, of_columns = (pairs(part).sum(1) for part in (n.flatten(1), rows, columns))
+    ari = adjusted_for_chance(together, of_rows, of_columns, pairs(total))
     return {"nmi": nmi, "ari": ari, "purity": n.diagonal(dim1=1, dim2=2).sum(1) / total}
 
 
@@ -52,8 +50,19 @@ def _entropy(p: Tensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(1)
 
 
-def _pairs(n: Tensor) -> Tensor:
+def pairs(n: Tensor) -> Tensor:
+    """How many pairs n things make."""
     return n * (n - 1) / 2
+
+
+def adjusted_for_chance(together: Tensor, of_a: Tensor, of_b: Tensor, of_all: Tensor) -> Tensor:
+    """Adjusted Rand index (Hubert & Arabie 1985) from the pairs together in both labellings, in each, and of all.
+
+    1: the same partition, 0: as by chance. Two that both put all into one, or each alone, are the same.
+    """
+    expected = of_a * of_b / of_all.clamp_min(1)
+    largest = (of_a + of_b) / 2
+    return torch.where(largest > expected, (together - expected) / (largest - expected), 1.0)
 
 
 # --- prototypes and parts --------------------------------------------------------------------------------------------
@@ -198,10 +207,7 @@ class Nearest:
     @classmethod
     def of(cls, rows: CompositeRows, vectors: Tensor) -> "Nearest":
         """Of the rows of q(b:) of N images and prototypes [K, Σ D_b]."""
-        vectors = vectors.to(rows.device)
-        shape = (len(vectors), -1, rows.rows_per_image)  # chunks are whole images
-        least = [(chunk.squared - 2 * chunk.dots(vectors)).view(shape).min(2) for _, chunk in rows.chunks()]
-        distance, position = (torch.cat(part, 1).cpu() for part in zip(*least, strict=True))
+        distance, position = rows.nearest(vectors)
         return cls(position, distance, rows.grid)
 
     def holds(self, parts: Parts, window: float, prototype: Tensor, image: Tensor) -> Tensor:

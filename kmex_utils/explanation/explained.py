@@ -96,10 +96,7 @@ class Nearest:
             of_class = (p.labels == c).nonzero().flatten()
             members = (labels == c).nonzero().flatten()
             rows = passed.rows(members, explainer.start_block, explainer.normalisation)
-            vectors = p.vectors[of_class].to(rows.device)
-            shape = (len(of_class), -1, rows.rows_per_image)  # chunks are whole images
-            least = [(chunk.squared - 2 * chunk.dots(vectors)).view(shape).min(2) for _, chunk in rows.chunks()]
-            distance, row = (torch.cat(part, 1).cpu() for part in zip(*least, strict=True))
+            distance, row = rows.nearest(p.vectors[of_class])
             first = torch.searchsorted(members, p.image[of_class])  # the nearest row of all, as the clustering noted it
             distance.scatter_(1, first[:, None], -torch.inf)
             row.scatter_(1, first[:, None], p.position[of_class, None])

@@ -228,6 +228,14 @@ class CompositeRows:
         """The columns of p [K, Σ D_b] by block, for repeated use in ``dots``."""
         return [part.contiguous() for part in p.split(self._channels, 1)]
 
+    def nearest(self, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each image the row nearest to each p_k [K, Σ D_b]: ||q_r||² - 2 q_r · p_k, its position; [K, N] each."""
+        p = p.to(self.device)
+        shape = (len(p), -1, self.rows_per_image)  # chunks are whole images
+        least = [(chunk.squared - 2 * chunk.dots(p)).view(shape).min(2) for _, chunk in self.chunks()]
+        distance, position = (torch.cat(part, 1).cpu() for part in zip(*least, strict=True))
+        return distance, position
+
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Some rows of q themselves, [n, Σ D_b]."""
         q = self.origin.new_empty(len(index), self.dim)

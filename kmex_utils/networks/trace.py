@@ -374,12 +374,9 @@ class Trace(Pass):
 
         A step from more than 3 x 3 positions to one is a pool of another kind, or a layer that tells them apart.
         """
+        z = vector.means[0]
         for value in self.values:
-            if (
-                len(value.shape) == 4
-                and value.vector is not None
-                and equal(value.means[0], vector.means[0], value.close)
-            ):
+            if len(value.shape) == 4 and value.vector is not None and equal(value.means[0], z, value.close):
                 before = [call.size_out for call in self.trunk(value.time) if max(call.size_out) > 1]
                 axis = 1 if value.shape[2:] == (1, 1) else 3
                 return [(value, Layout(axis, (1, 1)))] if not before or max(before[-1]) <= 3 else []
