@@ -139,3 +139,14 @@ def test_scikit_image(run):
     names = run("Segments for scikit-image and napari")
     areas = [region.area for region in names["regionprops"](names["labels"])]
     assert sum(areas) == 224 * 224 and len(areas) == len(names["table"])
+
+
+@pytest.mark.slow
+def test_how_faithful_and_how_sure(run):
+    names = run("How faithful, and how sure")
+    methods = ["B4", "B34", "B234", "CAM", "centre", "edges", "random pixels"]
+    assert names["table"].method.drop_duplicates().tolist() == methods
+    road = names["table"].query("measure == 'ROAD'").set_index("method")
+    assert road.value.between(0, 1).all() and road.value["random pixels"] == road.null["random pixels"]
+    held_out = names["explained"].dataset.test
+    assert names["kept"].shape == (len(held_out), 7, 7) and set(names["kept"].unique().tolist()) <= {0, 0.5, 1}
