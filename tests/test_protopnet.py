@@ -337,8 +337,15 @@ def test_a_trained_network_comes_back_and_explains(digits, tmp_path):
     run.save_training(trained.eval().requires_grad_(False), digits, made_by)
     with pytest.raises(FileNotFoundError, match="run notebook 05_protopnet"):
         run.part("ProtoPNet", "05_protopnet")
-    with pytest.raises(ValueError, match="'imagenet' or 'network', got 'scratch'"):
+    with pytest.raises(ValueError, match="'imagenet', 'network' or a file with weights, got 'scratch'"):
         protopnet.start(run.network(), "scratch", 2, QUICK, 3)
+    with pytest.raises(FileNotFoundError, match="imagenett"):
+        protopnet.start(run.network(), "imagenett", 2, QUICK, 3)
+    other = for_training("shufflenet_v2_x0_5", ["a", "b"], "scratch", digits.input, seed=4)
+    torch.save(other.module.state_dict(), tmp_path / "other.pth")
+    from_file = protopnet.start(run.network(), str(tmp_path / "other.pth"), 2, QUICK, 3).network.module.state_dict()
+    weights = {name: value for name, value in other.module.state_dict().items() if not name.startswith("fc.")}
+    assert len(weights) > 100 and all(torch.equal(from_file[name], value) for name, value in weights.items())
     with pytest.raises(ValueError, match="is of no library that makes it again"):
         protopnet.start(small(), "imagenet", 2, QUICK, 3)
     network = protopnet.start(run.network(), "network", 2, QUICK, 3)

@@ -111,6 +111,8 @@ def start(
 
     A ValueError or FileNotFoundError where there are no such weights.
     """
+    if features_from in ("", "scratch", "random"):
+        raise ValueError(f"features_from must be 'imagenet', 'network' or a file with weights, got {features_from!r}")
     if features_from != "network":
         if trained.reference is None:
             raise ValueError(f"{trained.name} is of no library that makes it again: give features_from 'network'")
