@@ -129,6 +129,17 @@ def test_fidelity(tmp_path):
     differences = pd.read_csv(tmp_path / "figures" / "squares" / "fidelity-differences.csv")
     assert (differences.low <= differences.high).all() and len(differences)
     assert (tmp_path / "figures" / "squares" / "frontier.png").stat().st_size > 5000
+    tiny = {"prototypes_per_class": 2, "restarts": 1, "start_blocks": [4, 2], "regions": 6, "crops": 4, "measured": 4}
+    execute("18_concepts", tmp_path, **shared, **tiny, annotations=str(tmp_path / "keypoints.csv"),
+            figures_folder=str(tmp_path / "figures"))  # fmt: skip
+    concepts = pd.read_csv(tmp_path / "figures" / "squares" / "concepts.csv").set_index("method")
+    same = records[(records["of"] == "all classes") & (records.prototypes_per_class.astype(str) == "2")]
+    same = same[same.refit.astype(str) == "0"].set_index(["model", "scale", "grid", "metric"])["value"].astype(float)
+    for method, (model, scale, grid) in {"B4": ("B4", "1/D", "2x2"), "B234, 1": ("B234", "1", "8x8")}.items():
+        for metric in ("nmi", "ari", "purity"):
+            assert concepts.loc[method, metric] == pytest.approx(same[model, scale, grid, metric], abs=1e-3)
+        assert concepts.common_nmi[method] == pytest.approx(same[model, scale, "common", "nmi"], abs=1e-3)
+        assert concepts.accuracy[method] == pytest.approx(same[model, scale, "", "accuracy_test"], abs=1e-3)
 
 
 @pytest.mark.notebook
