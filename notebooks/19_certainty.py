@@ -168,9 +168,9 @@ save_text(folder / "certainty.csv", records.to_csv(index=False, float_format="%.
 records.groupby(["model", "scale", "measure"], sort=False)[numbers].mean().round(3)
 
 # %% [markdown]
-# The same as a picture: a mark for each training, its spread over refits as a bar. Where classes differ, as digits do,
-# a position that changes its prototype keeps its class, and the prediction stays. Where they look alike, as birds do,
-# it changes both.
+# The same as a picture: a mark for each training, its spread over refits as a bar. Where classes lie apart, as trained
+# digits do in the last block and with equal weights, a position that changes its prototype keeps its class. Where they
+# do not, as birds in a frozen network, it changes both, and predictions with it.
 
 # %%
 import matplotlib.pyplot as plt
