@@ -51,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=run)
         return added.add_argument
 
-    target, device = "class of attribution in panels (default: the predicted one)", "auto (default), cpu, cuda or mps"
+    device = "auto (default), cpu, cuda or mps"
+    to = "class of attribution (default: the predicted one), or two: that to the first minus that to the second"
+    target: dict[str, Any] = {"nargs": "+", "default": [""], "metavar": "CLASS", "help": to}
     add = command(explain)
     add("folder", help="<class>/*, or train/<class>/* and test/<class>/* (or val/), or images without labels")
     add("--model", default="resnet50", help="a name of torchvision, timm/<name>, or a folder with a network saved")
@@ -87,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--scratch", default="", help="folder for temporary files (default: the system's)")
     add("--out", type=Path, default="explained", help="new folder for the results (default: explained)")
     add("--panel", nargs="*", default=[], metavar="IMAGE", help="images to draw Figure 1 of")
-    add("--target", default="", help=target)
+    add("--target", **target)
     add("--report", action="store_true", help="write report.html, one file to send")
     add("--export", action="store_true", help="write maps and tables of every image of the folder to <out>/export")
     add("--resume", action="store_true", help="go on in an --out folder that exists (an interrupted export continues)")
@@ -96,13 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     add = command(show)
     add("saved", type=Path, help=saved)
     add("images", nargs="+", metavar="image", help="images to draw Figure 1 of, new ones too")
-    add("--target", default="", help=target)
+    add("--target", **target)
     add("--out", type=Path, help="folder for the panels (default: SAVED)")
 
     add = command(export)
     add("saved", type=Path, help=saved)
     add("images", help="folder with images, in class folders or not")
     add("--out", required=True, help="new folder for maps and tables")
+    add("--target", **target)
     add("--maps", default="npz", help="npz (default), png or none")
     add("--device", default="auto", help=device)
     add("--resume", action="store_true", help="continue an interrupted export")
@@ -134,9 +137,9 @@ def explain(options: argparse.Namespace) -> int:
     print(explained.table.to_string(float_format="{:.2f}".format, na_rep="–", index_names=False))
     pictures = _panels(explained, options.panel, options.out, options.target)
     if options.report:
-        print(explained.report(options.out / "report.html", pictures, overwrite=True))
+        print(explained.report(options.out / "report.html", pictures, target=options.target, overwrite=True))
     if options.export:
-        print(explained.export(options.out / "export", resume=options.resume))
+        print(explained.export(options.out / "export", target=options.target, resume=options.resume))
     return 0
 
 
@@ -144,8 +147,7 @@ def _check(options: argparse.Namespace, network: "Network") -> None:
     """Refuse before the computation what would fail after it."""
     from .data import reading
 
-    if options.target:
-        network.output(options.target)
+    network.targets(options.target)
     for image in options.panel:
         inside = Path(options.folder).expanduser() / image
         file = inside if inside.is_file() else Path(image).expanduser()
@@ -157,7 +159,7 @@ def _check(options: argparse.Namespace, network: "Network") -> None:
             raise ValueError(f"--panel {image} cannot be read: {error}") from None
 
 
-def _panels(explained: "Explained", images: Sequence[str], out: Path, target: str) -> list["Picture"]:
+def _panels(explained: "Explained", images: Sequence[str], out: Path, target: Sequence[str]) -> list["Picture"]:
     """Figure 1 of each image as ``panel-<name>`` below ``out``; says where."""
     from . import drawing
 
@@ -182,7 +184,7 @@ def export(options: argparse.Namespace) -> int:
     """Write maps and tables of a folder of images by an explanation saved before. Nothing is fitted."""
     from .explanation.explained import Explained
 
-    how = {name: getattr(options, name) for name in ("maps", "device", "resume")}
+    how = {name: getattr(options, name) for name in ("target", "maps", "device", "resume")}
     print(Explained.load(options.saved).export(options.out, options.images, **how))
     return 0
 

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import re
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -91,10 +93,20 @@ def literal(words: str) -> str:
     return words.replace("$", r"\$")
 
 
-def short(name: str, limit: int = 14) -> str:
-    """A class name for a figure: spaces for underscores, cut with an ellipsis to ``limit`` characters."""
-    name = name.replace("_", " ")
-    return literal(name if len(name) <= limit else name[: limit - 1] + "…")
+def short(name: str, limit: int = 14, lines: int = 1) -> str:
+    """A class name for a figure: without CUB's or ImageNet's number, in lines of up to ``limit`` characters.
+
+    What is too long loses its beginning: the end tells birds, dogs and lorries apart.
+    """
+    name = re.sub(r"^(\d+\.|n\d{8}[-_])(?=\D)", "", name).replace("_", " ")
+    while len(parts := textwrap.wrap(name, limit)) > lines:
+        name = "…" + name.removeprefix("…")[1:].lstrip()
+    return literal("\n".join(parts))
+
+
+def percent(share: float) -> str:
+    """A share of 0 to 1 in whole per cent; one that rounds to none is less than one."""
+    return f"{100 * share:.0f} %" if share >= 0.005 else "< 1 %"
 
 
 @styled

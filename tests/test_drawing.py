@@ -40,6 +40,33 @@ def image():
     return np.random.default_rng(1).integers(0, 256, (56, 56, 3), dtype=np.uint8)
 
 
+@pytest.mark.parametrize(
+    ("centre", "half", "ticks", "arrow"),
+    [
+        (0.0, 2.0, {"0", "-2.00", "2.00"}, ""),
+        (1.9, 2.0, {"0", "1.90", "3.90"}, ""),  # that at -0.1 would touch zero's
+        (30.0, 2.0, {"28.00", "30.00", "32.00"}, "0 ↓"),
+        (-0.5, 0.05, {"-0.5500", "-0.5000", "-0.4500"}, "0 ↑"),
+    ],
+)
+def test_the_scale_says_where_zero_lies(image, parts, centre, half, ticks, arrow):
+    """Ends at centre ± half; what differs by a tenth of the half-width is nearly white: noise is not stretched."""
+    values = np.array([[centre, centre + half], [centre + half / 10, centre - half]])
+    part = replace(parts[0], attribution=values, target=("a", "b"), centre=centre, half=half)
+    figure = figure1(image, [part])
+    (drawn,) = [
+        i for axes in figure.axes for i in axes.images if i.get_cmap().name == "RdBu_r" and i.get_array().size == 4
+    ]
+    assert drawn.get_clim() == pytest.approx((centre - half, centre + half))
+    assert drawn.to_rgba(values)[1, 0, :3].min() > 0.9
+    bar = drawn.colorbar.ax
+    assert {label.get_text() for label in bar.get_yticklabels()} == ticks
+    assert "".join(text.get_text() for text in bar.texts) == arrow
+    assert "attribution to\na\n− b" in {axes.get_title() for axes in figure.axes} or "attribution to a\n− b" in {
+        axes.get_title() for axes in figure.axes
+    }
+
+
 def test_figures_are_drawn_to_files_and_repeatable(image, parts, tmp_path):
     for name in ("first", "again"):
         drawing.save(figure1(image, parts, "a digit"), tmp_path / name)
@@ -112,7 +139,16 @@ def test_more_colours_need_seaborn(monkeypatch):
 
 def test_names_are_cut_to_fit():
     assert drawing.short("Blue_jay") == "Blue jay"
-    assert drawing.short("Black_footed_Albatross") == "Black footed …"
+    assert drawing.short("Black_footed_Albatross") == "…ted Albatross"
+    assert drawing.short("001.Black_footed_Albatross", 16, 2) == "Black footed\nAlbatross"
+    assert drawing.short("n02085620-Chihuahua") == "Chihuahua" and drawing.short("7-Eleven") == "7-Eleven"
+    cut = drawing.short("a very long name of a soft-coated wheaten terrier", 16, 2)
+    assert cut.startswith("…") and cut.endswith("wheaten terrier") and all(len(line) <= 16 for line in cut.split("\n"))
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.0, "< 1 %"), (0.0049, "< 1 %"), (0.005, "1 %"), (0.344, "34 %")])
+def test_a_share_is_never_none(share, said):
+    assert drawing.percent(share) == said
 
 
 def test_names_are_no_formulas(image, parts, tmp_path):

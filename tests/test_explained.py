@@ -35,15 +35,15 @@ def activations_of(explained, pixels):
 
 
 def test_patch_is_the_connected_part_around_the_row():
-    image = np.full((80, 80, 3), 255, np.uint8)
+    image = np.full((80, 80, 3), 100, np.uint8)
     segments = np.zeros((8, 8), int)
     segments[2:4, 5:7] = 1  # the part around the row
     segments[4, 4] = 1  # touches it at a corner only
     segments[7, 0] = 1  # the same prototype, elsewhere
     patch = segment_patch(image, segments, 2 * 8 + 5)
-    assert patch.shape == (40, 40, 3)  # two cells and one of context on each side
-    inside = (patch == 255).all(2)
-    assert inside[10:30, 10:30].all() and inside.sum() == 400
+    expected = np.full((40, 40), 131)  # two cells and one of context on each side; a fifth of the way to white
+    expected[8:32, 8:32], expected[9:31, 9:31], expected[10:30, 10:30] = 255, 0, 100
+    assert np.array_equal(patch, np.broadcast_to(expected[..., None], (40, 40, 3)))
 
 
 def test_patch_at_the_border_stays_inside_the_image():

@@ -30,7 +30,7 @@ def loaded(explained, resnet, tmp_path_factory):
 def test_the_explorers_view_is_the_interpretation(explained):
     explorer = explained.explorer()
     for b in (4, 2):
-        for target in ("", "flower", "temple"):
+        for target in ("", "flower", ("flower", "temple"), "temple"):
             view = explorer.view(3, b, target)
             (part,) = explained.interpretations(3, [b], target)
             prototypes = np.array([p["prototype"] for p in view["prototypes"]])
@@ -38,6 +38,10 @@ def test_the_explorers_view_is_the_interpretation(explained):
             np.testing.assert_allclose(view["attribution"], part.attribution, rtol=1e-3)
             shares = {p["prototype"]: p["share"] for p in view["prototypes"]}
             assert shares == {k: (part.map == k).mean() for k in np.unique(part.map)}
+            assert sum(p["contribution"] for p in view["prototypes"]) == pytest.approx(view["total"], rel=1e-4)
+            middle = (view["low"] + view["high"]) / 2
+            assert middle == pytest.approx(explained.interpretations(3, [4], target)[0].attribution.mean(), rel=1e-4)
+            assert view["low"] <= part.attribution.min() and part.attribution.max() <= view["high"]
             assert sum(shares.values()) == pytest.approx(1)
             for p in view["prototypes"]:
                 assert (p["shared"], p["images"]) == explained.sharing(b, p["prototype"])
@@ -54,6 +58,9 @@ def test_widgets_follow_the_controls(explained):
     explorer.start_block.value = 4
     explorer.target.value = "temple"
     assert explorer.panels.view == explorer.view(explained.names[4], 4, "temple")
+    explorer.minus.value = "flower"
+    assert explorer.panels.view == explorer.view(explained.names[4], 4, ("temple", "flower"))
+    assert explorer.panels.view["target"] == "temple − flower"
     k = explorer.panels.view["prototypes"][0]["prototype"]
     explorer.panels.selected = k
     assert explorer.panels.nearest == explorer.patches(4, k) and len(explorer.panels.nearest) == 5
@@ -191,11 +198,31 @@ def test_export(explained, mixed, tmp_path):
                     segment = part.map == row.prototype
                     assert row.share == pytest.approx(segment.mean())
                     assert row.attribution == pytest.approx(part.attribution[segment].mean(), rel=1e-3, abs=1e-5)
+                j = table.loc[name, "predicted_index"]
+                score = table.loc[name, "score"] - float(explained.network.b[j])
+                assert rows.contribution.sum() == pytest.approx(score, rel=1e-4, abs=1e-5), "the score less its bias"
     assert pq.read_schema(out / "images.parquet").field("predicted_index").type == "int64"
     with pytest.raises(FileExistsError, match="out exists: choose another folder, or give resume=True"):
         explained.export(out, mixed)
     with pytest.raises(ValueError, match="of other images or settings"):
         explained.export(out, mixed, batch_size=4, resume=True)
+
+
+def test_an_export_of_a_contrast(explained, mixed, tmp_path):
+    """The first class minus the second, and their scores less the biases."""
+    out = explained.export(tmp_path / "out", mixed, target=("temple", 0), device="cpu", log=str)
+    table = pd.read_parquet(out / "images.parquet").set_index("file")
+    sums = pd.read_parquet(out / "segments.parquet").groupby(["file", "explainer"]).contribution.sum()
+    for name in table.index[table.error.isna()]:
+        flower, temple = explained.seen(explained.picture(mixed / name)).y[0] - explained.network.b
+        assert sums[name].tolist() == pytest.approx([float(temple - flower)] * 3, rel=1e-3, abs=1e-4)
+        a, b = (explained.interpretations(mixed / name, [2], target=t)[0].attribution for t in (1, 0))
+        with np.load(out / "maps" / f"{name}.npz") as maps:
+            np.testing.assert_allclose(maps["attribution_B234"], a - b, rtol=1e-3, atol=1e-5)
+        assert table.target[name] == "temple − flower"
+    with pytest.raises(ValueError, match="target must be a class, or two of which the second is subtracted, got 3"):
+        explained.export(tmp_path / "three", mixed, target=(0, 1, 0))
+    assert not (tmp_path / "three").exists()
 
 
 def test_a_killed_export_continues(explained, mixed, tmp_path, monkeypatch):
@@ -244,9 +271,9 @@ def test_maps_as_png(explained, mixed, tmp_path):
     with Image.open(out / "maps" / f"{name}.B234.png") as image:
         assert np.array_equal(np.asarray(image), part.map)
     with Image.open(out / "maps" / f"{name}.B234.attribution.png") as image:
-        limit = table.loc[name, "attribution_limit"]
-        values = (np.asarray(image) / 65535 - 0.5) * 2 * limit
-    np.testing.assert_allclose(values, part.attribution, atol=limit * 1e-4)
+        centre, half = table.loc[name, ["attribution_centre", "attribution_half"]]
+        values = centre + (np.asarray(image) / 65535 - 0.5) * 2 * half
+    np.testing.assert_allclose(values, part.attribution, atol=half * 1e-4)
 
 
 def test_a_loaded_explanation_exports_the_same(explained, loaded, mixed, tmp_path):

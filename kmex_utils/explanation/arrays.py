@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..networks.network import Target
 from .explained import AnyImage, Explained
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Target = str | int | None | Sequence[int] | np.ndarray | torch.Tensor
+Targets = str | int | None | Sequence[int] | np.ndarray | torch.Tensor
 
 
 class Labels(NamedTuple):
@@ -32,7 +33,7 @@ def labels(
     explained: Explained,
     image: AnyImage,
     start_block: int = 0,
-    target: str | int | None = "",
+    target: Target = "",
     attribution_start: str = "segments",
 ) -> Labels:
     """Map and attribution of an image, every position a block of pixels."""
@@ -54,7 +55,7 @@ def labels(
 def attribute(
     explained: Explained,
     x: torch.Tensor,
-    target: Target = None,
+    target: Targets = None,
     start_block: int = 0,
     attribution_start: str = "segments",
 ) -> np.ndarray:

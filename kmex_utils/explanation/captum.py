@@ -2,7 +2,7 @@
 
 import torch
 
-from .arrays import Target, attribute
+from .arrays import Targets, attribute
 from .explained import Explained
 
 try:
@@ -19,7 +19,7 @@ class BlockAttribution(Attribution):
         self.explained, self.start_block, self.attribution_start = explained, start_block, attribution_start
 
     def attribute(
-        self, inputs: torch.Tensor | tuple[torch.Tensor], target: Target = None
+        self, inputs: torch.Tensor | tuple[torch.Tensor], target: Targets = None
     ) -> torch.Tensor | tuple[torch.Tensor]:
         """Like inputs, [N, 3, S, S] or a tuple with that: every channel has its pixel's value.
 

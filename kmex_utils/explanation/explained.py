@@ -19,12 +19,13 @@ from torch import nn
 from .. import data, networks, paths
 from ..data import Dataset, reading
 from ..hardware import exact
-from ..method.attribution import attribution, carried
+from ..method.attribution import attribution, carried, chance, contributions
 from ..method.composite import Normalisation
 from ..method.explainers import EncoderKMeans, KMEx, block_name
 from ..method.products import double_device
 from ..method.prototypes import Prototypes
 from ..networks import Network
+from ..networks.network import Target
 from ..store import load_json, load_tensors, replacing, save_json, save_tensors
 from .interpretation import Interpretation, Patch, segment_patch
 from .passed import Passed
@@ -70,6 +71,21 @@ class Seen(NamedTuple):
     h: torch.Tensor
     maps: dict[int, torch.Tensor]
     inputs: torch.Tensor
+
+
+class Attributed(NamedTuple):
+    """Attributions of images to a class, or to one minus another: ``target``, [1, n] or [2, n].
+
+    ``maps`` att(b:) by start block [n, H_b, W_b], ``contributions`` of each prototype's segment to the score [n, K_b];
+    of the colour scale, the same for all blocks, ``centre`` (the last map's mean, by eq. 5 the score over ||c_j||²) and
+    ``half`` its width, [n] each: as far as a map goes from the centre, at least what a random column would give.
+    """
+
+    target: torch.Tensor
+    maps: dict[int, torch.Tensor]
+    contributions: dict[int, torch.Tensor]
+    centre: torch.Tensor
+    half: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -292,29 +308,47 @@ class Explained:
         maps = {b: explainer.sim(explainer.h(double)).cpu() for b, explainer in self.explainers.items()}
         return Seen(y.cpu(), x[-1].cpu(), maps, inputs)
 
-    def target(self, target: str | int | None, seen: Seen) -> int:
-        """Index of a class of the network, by name or index; empty or None: the one predicted for an image."""
-        return int(seen.y.argmax()) if target in ("", None) else self.network.output(target)
+    def target(self, target: Target, seen: Seen) -> torch.Tensor:
+        """Classes of the network that images are attributed to, by name or index, [1, n]; two to contrast, [2, n].
 
-    def attributions(
-        self, seen: Seen, target: str | int | None = "", start: str = "segments"
-    ) -> dict[int, torch.Tensor] | None:
+        Empty or None is the class predicted for each image.
+        """
+        predicted = seen.y.argmax(1)
+        classes = self.network.targets(target)
+        return torch.stack([predicted if j is None else torch.full_like(predicted, j) for j in classes])
+
+    def attributions(self, seen: Seen, target: Target = "", start: str = "segments") -> dict[int, torch.Tensor] | None:
         """att(b:) by start block, [n, H_b, W_b]; None where eq. 11 does not hold. ``start`` as in ``carried``."""
+        attributed = self.attributed(seen, target, start)
+        return attributed.maps if attributed else None
+
+    def attributed(self, seen: Seen, target: Target = "", start: str = "segments") -> Attributed | None:
+        """The same with its scale and the segments' contributions; of two classes, the first minus the second."""
         if not self.network.form:
             return None
-        predicted = seen.y.argmax(1)
-        j = predicted if target in ("", None) else torch.full_like(predicted, self.network.output(target))
-        last = self.explainers[self.start_blocks[0]]
-        x = seen.inputs if self.network.form == "gated" else seen.h
+        align_corners = self.explainers[self.start_blocks[0]].normalisation.align_corners
+        x, h = seen.inputs if self.network.form == "gated" else seen.h, seen.h
+        classes = self.target(target, seen)
         with exact():
-            att = attribution(seen.h, self.network.columns(x, j).detach().cpu())
-        return carried(att, seen.maps, last.normalisation.align_corners, start=start)
+            columns = [self.network.columns(x, j).detach().cpu() for j in classes]
+            att = _contrast([attribution(h, c) for c in columns])
+            dots = _contrast([torch.einsum("ndhw,nd->nhw", h, c) for c in columns])
+        maps = carried(att, seen.maps, align_corners, start=start)
+        centre = maps[max(maps)].mean((1, 2))
+        floor = torch.stack([chance(h, c) for c in columns]).square().sum(0).sqrt()  # two random columns: in squares
+        reached = torch.stack([(a - centre[:, None, None]).abs().amax((1, 2)) for a in maps.values()]).amax(0)
+        half = torch.maximum(reached, floor).clamp_min(torch.finfo(att.dtype).tiny)
+        points = {
+            b: contributions(dots, q_s, len(self.explainers[b].prototypes), align_corners)
+            for b, q_s in seen.maps.items()
+        }
+        return Attributed(classes, maps, points, centre, half)
 
     def interpretations(
         self,
         image: AnyImage,
         start_blocks: Sequence[int] = (),
-        target: str | int | None = "",
+        target: Target = "",
         max_patches: int = 10,
         attribution_start: str = "segments",
     ) -> list[Interpretation]:
@@ -325,7 +359,7 @@ class Explained:
             if b not in self.explainers:
                 raise ValueError(f"start blocks run from {shallowest} to {last}, got {b}")
         seen = self.seen(self.picture(image))
-        att = self.attributions(seen, target, attribution_start)
+        attributed = self.attributed(seen, target, attribution_start)
         parts = []
         for b in blocks:
             q_s = seen.maps[b]
@@ -334,8 +368,19 @@ class Explained:
             segments = zip(used[largest].tolist(), counts[largest].tolist(), strict=True)
             patches = tuple(replace(self.patch(b, k), share=count / q_s.numel()) for k, count in segments)
             predicted = self.classes[int(self.explainers[b].proj(q_s)[0].argmax())]
-            attributed = att[b][0].numpy() if att else None
-            parts.append(Interpretation(self.name(b), q_s[0].numpy(), attributed, patches, predicted))
+            part = Interpretation(self.name(b), q_s[0].numpy(), None, patches, predicted)
+            if attributed:
+                points = attributed.contributions[b][0]
+                part = replace(
+                    part,
+                    attribution=attributed.maps[b][0].numpy(),
+                    patches=tuple(replace(p, contribution=float(points[p.prototype])) for p in patches),
+                    target=tuple(self.network.classes[j] for j in attributed.target[:, 0]),
+                    centre=float(attributed.centre),
+                    half=float(attributed.half),
+                    total=float(points.sum()),
+                )
+            parts.append(part)
         return parts
 
     # to look at, send and read on
@@ -344,7 +389,7 @@ class Explained:
         self,
         image: AnyImage,
         start_blocks: Sequence[int] = (),
-        target: str | int | None = "",
+        target: Target = "",
         *,
         title: str = "",
         attribution_start: str = "segments",
@@ -358,9 +403,10 @@ class Explained:
         start_blocks
             From left to right; empty: the last and the shallowest.
         target
-            Class of the network to attribute to; empty: the predicted one.
+            Class of the network to attribute to, by name or index; empty: the predicted one. Of two, as in
+            ``("cat", "dog")``, the attribution to the first minus that to the second.
         title
-            Empty: the image's name and the network's prediction.
+            Empty: the image's name, the network's prediction and the target.
         attribution_start
             Of att(B:), as in :func:`~kmex_utils.method.attribution.carried`.
         """
@@ -369,7 +415,10 @@ class Explained:
         picture = self.picture(image)
         parts = self.interpretations(picture, start_blocks, target, attribution_start=attribution_start)
         predicted = self.network.classes[int(self.seen(picture).y.argmax())]
-        return figure1(picture.rgb, parts, title or f"{Path(picture.name).name}: {self.network.name} says {predicted}")
+        to = " − ".join(parts[0].target)
+        of = f", attribution to {to}" if to not in ("", predicted) else ""
+        words = f"{Path(picture.name).name}: {self.network.name} says {predicted}{of}"
+        return figure1(picture.rgb, parts, title or words)
 
     def explorer(self, image: AnyImage = 0, start_block: int = 0) -> "Explorer":
         """An interactive view for the notebook; a still one where widgets cannot run."""
@@ -545,6 +594,11 @@ def opened(images: str | Path | Dataset | Any, network: Network, **how: Any) -> 
     if replace(images.input, fit=network.input.fit) != network.input:
         raise ValueError("the data set's image size and normalisation are not the network's: load it with the same")
     return images
+
+
+def _contrast(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The one part, or the first minus the second."""
+    return parts[0] if len(parts) == 1 else parts[0] - parts[1]
 
 
 def _of(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

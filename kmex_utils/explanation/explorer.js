@@ -34,7 +34,11 @@ function drawGrid(context, rows, colourOf) {
 }
 
 function percent(share) {
-  return `${share < 0.005 ? (100 * share).toFixed(1) : Math.round(100 * share)} %`;
+  return share < 0.005 ? "< 1 %" : `${Math.round(100 * share)} %`;
+}
+
+function signed(value) {
+  return `${value < 0 ? "−" : "+"}${Math.abs(value).toPrecision(3)}`;
 }
 
 function render({ model, el }) {
@@ -123,6 +127,7 @@ function render({ model, el }) {
       const y = rows.findIndex((row) => row.includes(index));
       const value = now.attribution[y][rows[y].indexOf(index)];
       make("div", "kmex-value", words, `attribution ${value} to ${now.target}`);
+      make("div", "kmex-points", words, `adds ${signed(p.contribution)} to its score; all segments: ${signed(now.total)}`);
     }
     const kept = model.get("selected") === p.prototype && model.get("nearest").length;
     const urls = kept ? model.get("nearest") : [p.patch];
@@ -147,14 +152,17 @@ function render({ model, el }) {
     heading.append(` · ${says.join(" · ")}`);
     image.caption.textContent = "image";
     map.caption.textContent = `explanation map ${now.explainer}`;
+    map.caption.title = "a cell has seen far more than its square: a convolution's outputs depend on what lies around";
     attribution.caption.textContent = now.attribution ? `attribution to ${now.target}` : "no attribution";
     why.textContent = now.attribution ? "" : `Eq. 11 does not hold: ${now.why_no_attribution}.`;
     why.hidden = Boolean(now.attribution);
     attribution.canvas.hidden = scale.hidden = !now.attribution;
     scale.replaceChildren();
-    make("span", "", scale, `−${now.limit.toPrecision(2)}`);
-    make("span", "kmex-ramp", scale);
-    make("span", "", scale, `+${now.limit.toPrecision(2)}`);
+    const zero = -now.low / (now.high - now.low); // where 0 lies, in parts of the ramp
+    make("span", "", scale, `${zero < 0 ? "← 0 · " : ""}${now.low.toPrecision(3)}`);
+    const ramp = make("span", "kmex-ramp", scale);
+    if (zero >= 0 && zero <= 1) make("span", "kmex-zero", ramp, "0").style.left = `${100 * zero}%`;
+    make("span", "", scale, `${now.high.toPrecision(3)}${zero > 1 ? " · 0 →" : ""}`);
     strip.replaceChildren();
     now.prototypes.forEach((p, i) => {
       const button = make("button", "kmex-button", strip);

@@ -15,19 +15,21 @@ from ..drawing import COLOURED, GREY, data_url, palette, png
 from .interpretation import Interpretation
 
 if TYPE_CHECKING:
+    from ..networks.network import Target
     from .explained import Explained
 
 HERE = Path(__file__).parent
 PATCH = 96  # pixels of a patch on the screen
 GIVEN = PREDICTED = ""  # the choice of image for one that is not of the data set; of class, for the predicted one
+NOTHING = ""  # the choice of what is subtracted
 
 
 class Explorer:
     """What ``explained.explorer()`` shows; display it as the last line of a cell.
 
     First an image as ``explained.picture`` takes it, from a start block (0: the shallowest). Once ``widget`` is made,
-    ``image``, ``start_block`` and ``target`` are its controls (ipywidgets), ``panels`` the linked panels, whose
-    ``selected`` is the prototype clicked, -1 for none.
+    ``image``, ``start_block``, ``target`` and ``minus`` are its controls (ipywidgets), ``panels`` the linked panels,
+    whose ``selected`` is the prototype clicked, -1 for none.
     """
 
     def __init__(self, explained: "Explained", image: Any = 0, start_block: int = 0) -> None:
@@ -36,11 +38,12 @@ class Explorer:
         if self._start_block not in explained.explainers:
             raise ValueError(f"start_block must be one of {explained.start_blocks}, got {start_block}")
 
-    def view(self, image: Any, start_block: int, target: str = PREDICTED) -> dict[str, Any]:
+    def view(self, image: Any, start_block: int, target: "Target" = PREDICTED) -> dict[str, Any]:
         """All that one state of the controls shows, as plain numbers, words and images (data URLs).
 
         ``map`` is [H', W'] of indices into ``prototypes``, which come largest segment first; ``attribution`` [H', W']
-        are eq. 11's values carried to this block, ``limit`` the end of their colour scale.
+        are eq. 11's values carried to this block, ``low`` and ``high`` the ends of their colour scale, ``total`` what
+        the prototypes' contributions sum to.
         """
         explained, network = self.explained, self.explained.network
         picture = explained.picture(self._first if isinstance(image, str) and image == GIVEN else image)
@@ -59,18 +62,18 @@ class Explorer:
             "map": rank[part.map].tolist(),
             "prototypes": list(self._prototypes(start_block, part)),
             "attribution": None,
-            "limit": 1.0,
-            "target": network.classes[explained.target(target, seen)],
+            "low": part.centre - part.half,
+            "high": part.centre + part.half,
+            "total": part.total,
+            "target": " − ".join(part.target),
             "predicted": network.classes[int(seen.y.argmax())],
             "explainer_predicted": part.predicted,
             "label": label,
             "why_no_attribution": network.between,
         }
-        att = explained.attributions(seen, target)
-        if att and part.attribution is not None:
-            limit = max(float(a.abs().max()) for a in att.values()) or 1.0
-            colours = colormaps["RdBu_r"](0.5 + part.attribution / (2 * limit))[..., :3]  # red speaks for the class
-            view["limit"], view["attribution_colours"] = limit, (255 * colours).round().astype(int).tolist()
+        if part.attribution is not None:
+            colours = colormaps["RdBu_r"](0.5 + (part.attribution - part.centre) / (2 * part.half))[..., :3]
+            view["attribution_colours"] = (255 * colours).round().astype(int).tolist()
             view["attribution"] = [[float(f"{value:.4g}") for value in row] for row in part.attribution]
         return view
 
@@ -82,6 +85,7 @@ class Explorer:
                 "prototype": patch.prototype,
                 "class": patch.class_name,
                 "share": patch.share,
+                "contribution": patch.contribution,
                 "shared": shared,
                 "images": images,
                 "colour": colours[min(i, COLOURED)],
@@ -118,9 +122,10 @@ class Explorer:
         self.start_block = ipywidgets.ToggleButtons(options=blocks, value=self._start_block)
         self.start_block.style.button_width = "5em"
         self.target = Dropdown(description="attribution to", options=classes, value=PREDICTED)
-        self.target.disabled = not explained.network.form
+        self.minus = Dropdown(description="minus that to", options=[("nothing", NOTHING), *classes[1:]])
+        self.target.disabled = self.minus.disabled = not explained.network.form
         self.panels = Panels(view=self.view(first, self._start_block), still=f"kmex-still-{uuid4().hex[:8]}")
-        controls = [self.image, self.start_block, self.target]
+        controls = [self.image, self.start_block, self.target, self.minus]
         for control in controls:
             control.observe(self._show, "value")
         self.panels.observe(self._select, "selected")
@@ -130,7 +135,8 @@ class Explorer:
     def _show(self, change: Any) -> None:
         with self.panels.hold_sync():
             self.panels.selected = -1
-            self.panels.view = self.view(self.image.value, self.start_block.value, self.target.value)
+            target = [self.target.value, *([self.minus.value] if self.minus.value != NOTHING else [])]
+            self.panels.view = self.view(self.image.value, self.start_block.value, target)
 
     def _select(self, change: Any) -> None:
         k = change["new"]

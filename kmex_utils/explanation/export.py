@@ -25,6 +25,7 @@ except ImportError:
     raise ImportError("Parquet tables need pyarrow, which is not installed: pip install pyarrow") from None
 
 if TYPE_CHECKING:
+    from ..networks.network import Target
     from .explained import Explained
 
 MAPS = ("npz", "png", "none")
@@ -37,6 +38,7 @@ def export(
     folder: str | Path,
     images: str | Path,
     *,
+    target: "Target" = "",
     maps: str = "npz",
     batch_size: int = 32,
     resume: bool = False,
@@ -49,15 +51,16 @@ def export(
 
     ``images.parquet``
         a row for each image: file (what UTF-8 cannot hold and control characters are escaped), the network's class and
-        score, each explainer's class, the ``error`` of one that cannot be read;
+        score, the ``target`` of the attribution, each explainer's class, the ``error`` of one that cannot be read;
     ``segments.parquet``
         a row for each image, explainer and prototype in its map: class, share of the positions, attribution to the
-        network's predicted class (empty where eq. 11 does not hold);
+        target, the segment's contribution to its score (both empty where eq. 11 does not hold), which over the segments
+        sum to the score without its bias;
     ``maps/<file>.npz``
         by explainer the prototype indices (``B4`` …, int32) and attributions (``attribution_B4`` …, float32), each
         [H_b, W_b]; or, with ``maps="png"``, ``maps/<file>.B4.png`` with the indices as 16-bit grey and
-        ``maps/<file>.B4.attribution.png`` with attribution = (value / 65535 - 0.5) * 2 * ``attribution_limit``, a
-        column of ``images.parquet``;
+        ``maps/<file>.B4.attribution.png`` with attribution = ``attribution_centre`` + (value / 65535 - 0.5) * 2 *
+        ``attribution_half``, columns of ``images.parquet``: the scale of the panels' colours;
     ``settings.json``
         everything that made them.
 
@@ -65,6 +68,8 @@ def export(
     ----------
     images
         Any folder with images; class folders or not.
+    target
+        As in :meth:`~kmex_utils.explanation.explained.Explained.panel`; empty: each image's predicted class.
     maps
         ``npz``, ``png`` or ``none``.
     resume
@@ -87,6 +92,7 @@ def export(
         raise FileExistsError(f"{folder} exists: choose another folder, or give resume=True to continue in it")
     files = listed(root, log)
     made_by = {**explained.settings, "images": str(root.resolve()), "maps": maps, "batch_size": batch_size}
+    made_by["target"] = explained.network.targets(target)
     made_by |= {"weights": explained.network.fingerprint, "files": _digest(_states(root, files))}
     made_by["prototypes"] = _digest(e.prototypes.vectors.numpy().tobytes() for e in explained.explainers.values())
     settings = folder / "settings.json"
@@ -101,7 +107,7 @@ def export(
             for i in tqdm(range(0, len(files), batch_size), desc="export", unit="batch"):
                 done = {table: parts / f"{table}-{i:09d}.parquet" for table in schemas}
                 if not all(path.exists() for path in done.values()):
-                    tables = _batch(explained, files[i : i + batch_size], root, folder / "maps", maps, chosen)
+                    tables = _batch(explained, files[i : i + batch_size], root, folder / "maps", target, maps, chosen)
                     for (table, path), rows in zip(done.items(), tables, strict=True):
                         with replacing(path) as temporary:
                             pq.write_table(pa.Table.from_pylist(rows, schemas[table]), temporary)
@@ -122,15 +128,22 @@ def _schemas(explained: "Explained") -> dict[str, pa.Schema]:
     """Columns of both tables and their types."""
     text, number, index = pa.string(), pa.float64(), pa.int64()
     classes = [f"KMEx-{k}" for k in explained.kmex] + [explained.name(b) for b in explained.explainers]
-    images = {"file": text, "predicted": text, "predicted_index": index}
-    images |= dict.fromkeys(("score", "probability", "attribution_limit"), number)
+    images = {"file": text, "predicted": text, "predicted_index": index, "target": text}
+    images |= dict.fromkeys(("score", "probability", "attribution_centre", "attribution_half"), number)
     images |= dict.fromkeys((*classes, "error"), text)
     segments = {"file": text, "explainer": text, "prototype": index, "class": text}
-    return {"images": pa.schema(images), "segments": pa.schema(segments | {"share": number, "attribution": number})}
+    segments |= dict.fromkeys(("share", "attribution", "contribution"), number)
+    return {"images": pa.schema(images), "segments": pa.schema(segments)}
 
 
 def _batch(
-    explained: "Explained", files: Sequence[Path], root: Path, folder: Path, maps: str, device: torch.device
+    explained: "Explained",
+    files: Sequence[Path],
+    root: Path,
+    folder: Path,
+    target: "Target",
+    maps: str,
+    device: torch.device,
 ) -> tuple[Rows, Rows]:
     """Rows of both tables; writes the maps on the way."""
     network, names = explained.network, [readable(file.relative_to(root).as_posix()) for file in files]
@@ -143,7 +156,7 @@ def _batch(
         return images, segments
     index, pixels = zip(*read, strict=True)
     seen = explained.see(np.stack(pixels), device)
-    att, probabilities = explained.attributions(seen), network.probabilities(seen.y)
+    attributed, probabilities = explained.attributed(seen, target), network.probabilities(seen.y)
     classes = {explained.name(b): explained.explainers[b].proj(q_s).argmax(1) for b, q_s in seen.maps.items()}
     classes |= {f"KMEx-{k}": explainer.predict(explainer.h([seen.h])) for k, explainer in explained.kmex.items()}
     for n, i in enumerate(index):
@@ -152,24 +165,28 @@ def _batch(
         image |= {"predicted": network.classes[j], "predicted_index": j}
         image |= {"score": float(y[j]), "probability": float(probabilities[n, j])}
         image |= {name: explained.classes[int(predicted[n])] for name, predicted in classes.items()}
-        limit = image["attribution_limit"] = max(float(a[n].abs().max()) for a in att.values()) if att else None
+        if attributed:
+            image["target"] = " − ".join(network.classes[j] for j in attributed.target[:, n])
+            image |= {f"attribution_{part}": float(getattr(attributed, part)[n]) for part in ("centre", "half")}
         arrays = {explained.name(b): q_s[n].numpy().astype(np.int32) for b, q_s in seen.maps.items()}
         for b in seen.maps:
-            name, values = explained.name(b), att[b][n].numpy() if att else None
+            name = explained.name(b)
             labels, q_s = explained.explainers[b].prototypes.labels, arrays[name]
             used, first, counts = np.unique(q_s, return_index=True, return_counts=True)
             segment = {"file": names[i], "explainer": name}
             for k, position, count in zip(used.tolist(), first, counts, strict=True):
                 segment |= {"prototype": k, "class": explained.classes[labels[k]], "share": count / q_s.size}
-                # all positions of a segment have one attribution
-                segments.append({**segment, "attribution": None if values is None else float(values.flat[position])})
-            if values is not None:
-                arrays[f"attribution_{name}"] = values
-        _save_maps(folder / names[i], arrays, maps, limit or 1.0)
+                if attributed:  # all positions of a segment have one attribution
+                    segment["attribution"] = float(attributed.maps[b][n].flatten()[position])
+                    segment["contribution"] = float(attributed.contributions[b][n, k])
+                segments.append(dict(segment))
+            if attributed:
+                arrays[f"attribution_{name}"] = attributed.maps[b][n].numpy()
+        _save_maps(folder / names[i], arrays, maps, image)
     return images, segments
 
 
-def _save_maps(stem: Path, arrays: dict[str, Any], maps: str, limit: float) -> None:
+def _save_maps(stem: Path, arrays: dict[str, Any], maps: str, image: dict[str, Any]) -> None:
     if maps == "npz":
         with replacing(stem.with_name(stem.name + ".npz")) as temporary:
             np.savez_compressed(temporary, **arrays)
@@ -177,7 +194,8 @@ def _save_maps(stem: Path, arrays: dict[str, Any], maps: str, limit: float) -> N
         ending = f"{name}.png"
         if name.startswith("attribution_"):
             ending = f"{name.removeprefix('attribution_')}.attribution.png"
-            values = (WHITE * (0.5 + values / (2 * limit))).round().clip(0, WHITE)
+            values = (values - image["attribution_centre"]) / (2 * image["attribution_half"])
+            values = (WHITE * (0.5 + values)).round().clip(0, WHITE)
         with replacing(stem.with_name(f"{stem.name}.{ending}")) as temporary:
             Image.fromarray(values.astype(np.uint16)).save(temporary)
 

@@ -1,13 +1,15 @@
 """Figure 1: per explainer the image, its explanation map, the attribution and the nearest training patches."""
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure, SubFigure
 
-from ..drawing import COLOURED, Colour, coloured, literal, palette, short, styled
+from ..drawing import COLOURED, Colour, coloured, literal, palette, percent, short, styled
 from .interpretation import Interpretation, Patch
 
 
@@ -15,50 +17,71 @@ from .interpretation import Interpretation, Patch
 def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title: str = "") -> Figure:
     """The interpretation process of one image, uint8 [H, W, 3].
 
-    The interpretations, one per explainer, are drawn from left to right (the paper: B4, B234); all attributions share
-    one scale.
+    The interpretations, one per explainer, are drawn from left to right (the paper: B4, B234). Attributions are red
+    above the centre of their scale and blue below; where zero lies is ticked, or pointed to.
     """
-    limit = max(0.0 if i.attribution is None else float(np.abs(i.attribution).max()) for i in interpretations) or 1.0
-    figure = plt.figure(figsize=(5.2 * len(interpretations), 4.2))
+    figure = plt.figure(figsize=(5.2 * len(interpretations), 4.7))
     if title:
-        figure.suptitle(literal(title))
+        figure.suptitle(literal(textwrap.fill(title, 60 * len(interpretations))))
     panels = figure.subfigures(1, len(interpretations), squeeze=False, wspace=0.04)[0]
     for panel, interpretation in zip(panels, interpretations, strict=True):
-        _draw(panel, image, interpretation, limit)
+        _draw(panel, image, interpretation)
     return figure
 
 
-def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation, limit: float) -> None:
+def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation) -> None:
+    decimals = _decimals(max(abs(points) for points in (part.total, *(p.contribution or 0 for p in part.patches))))
     grid = panel.add_gridspec(3, 15, height_ratios=[3, 1.35, 1.35])
     top = [panel.add_subplot(grid[0, 5 * i : 5 * i + 5]) for i in range(3)]
     extent = (0, image.shape[1], image.shape[0], 0)
     top[0].imshow(image)
-    predicted = short(part.predicted)
+    predicted = short(part.predicted, 22)
     top[0].set_title(f"{part.name}: predicts{' ' if len(predicted) < 10 else chr(10)}{predicted}")
     top[1].imshow(coloured(part.map, len(part.patches)), extent=extent)
     top[1].set_title("explanation map")
     if part.attribution is None:
         top[2].text(0.5, 0.5, "no attribution:\neq. 11 does not hold", ha="center", va="center")
     else:
-        drawn = top[2].imshow(part.attribution, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
-        top[2].set_title("attribution")
-        panel.colorbar(drawn, ax=top[2], shrink=0.8, pad=0.03)
+        low, high = part.centre - part.half, part.centre + part.half
+        drawn = top[2].imshow(part.attribution, cmap="RdBu_r", vmin=low, vmax=high, extent=extent)
+        to = "\n− ".join(short(name, 20) for name in part.target)
+        top[2].set_title(f"attribution to{' ' if len(to) < 8 else chr(10)}{to}")
+        _tick(panel.colorbar(drawn, ax=top[2], shrink=0.8, pad=0.03), part.centre, part.half)
+        of_all = f"points of the score (all segments: {part.total:+.{decimals}f})"
+        panel.supxlabel(f"prototype: class, share of the map, {of_all}", fontsize=7)
     for axes in top:
         axes.set_axis_off()
     for i, colour in enumerate(palette(COLOURED)):
         axes = panel.add_subplot(grid[1 + i // 5, 3 * (i % 5) : 3 * (i % 5) + 3], xticks=[], yticks=[])
         if i < len(part.patches):
-            _draw_patch(axes, part.patches[i], colour)
+            _draw_patch(axes, part.patches[i], colour, decimals)
         else:
             axes.set_axis_off()
 
 
-def _draw_patch(axes: Axes, patch: Patch, colour: Colour) -> None:
-    axes.imshow(patch.pixels)
-    name, share = short(patch.class_name), f"{100 * patch.share:.0f} %"
-    if len(name) < 10:
-        axes.set_title(f"{name} · {share}", fontsize=8, pad=3)
+def _tick(bar: Colorbar, centre: float, half: float) -> None:
+    """Ticks at centre and ends, and at zero: a scale about a map's mean must say where for turns to against."""
+    decimals = _decimals(half)
+    ends = [centre - half, centre, centre + half]
+    if abs(centre) <= half:  # a tick of its own, in the place of one that it would touch
+        ends = [0.0, *(tick for tick in ends if abs(tick) > 0.2 * half)]
+        bar.ax.axhline(0, color="black", linewidth=1.2)
     else:
-        axes.set_title(f"{name}\n{share}", fontsize=7, pad=3)
+        arrow, y, va = ("0 ↓", -0.03, "top") if centre > 0 else ("0 ↑", 1.03, "bottom")
+        bar.ax.text(0.5, y, arrow, transform=bar.ax.transAxes, ha="center", va=va, fontsize=8)
+    bar.set_ticks(ends, labels=["0" if tick == 0 else f"{tick:.{decimals}f}" for tick in ends])
+
+
+def _decimals(largest: float) -> int:
+    """Of numbers of which the largest is to have three digits."""
+    return max(0, 2 - int(np.floor(np.log10(abs(largest) or 1))))
+
+
+def _draw_patch(axes: Axes, patch: Patch, colour: Colour, decimals: int) -> None:
+    axes.imshow(patch.pixels, interpolation="antialiased")  # else lines are lost where it is drawn smaller
+    points = "" if patch.contribution is None else f" · {patch.contribution:+.{decimals}f}"
+    words, name = percent(patch.share) + points, short(patch.class_name, 16, 2)
+    beside = len(name) + len(words) < 16
+    axes.set_title(f"{name} · {words}" if beside else f"{name}\n{words}", fontsize=8 if beside else 7, pad=3)
     for spine in axes.spines.values():
         spine.set(visible=True, color=colour, linewidth=3)

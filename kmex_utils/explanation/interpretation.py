@@ -10,7 +10,8 @@ class Patch:
     """A prototype and a training patch near it.
 
     ``share`` of the explained image's positions; ``pixels`` uint8 [h, w, 3], the training image around the segment
-    of the nearest row, faded outside it; ``index`` of that image in the training split.
+    of the nearest row, which is outlined; ``index`` of that image in the training split; ``contribution`` of the
+    explained image's segment to the score, None where eq. 11 does not hold.
     """
 
     prototype: int
@@ -18,13 +19,16 @@ class Patch:
     share: float
     pixels: np.ndarray
     index: int
+    contribution: float | None = None
 
 
 @dataclass(frozen=True)
 class Interpretation:
     """One image by one explainer: ``map`` of prototype indices [H', W'], ``attribution`` [H', W'], patches by size.
 
-    ``attribution`` is None where eq. 11 does not hold: something lies between average pool and linear head.
+    ``attribution`` is None where eq. 11 does not hold: something lies between average pool and linear head. It is to
+    the class ``target``, or to the first of two minus the second; ``centre`` and ``half`` are the middle and the
+    half-width of its colours, ``total`` is what the contributions of all segments sum to.
     """
 
     name: str
@@ -32,13 +36,17 @@ class Interpretation:
     attribution: np.ndarray | None
     patches: tuple[Patch, ...]
     predicted: str
+    target: tuple[str, ...] = ()
+    centre: float = 0.0
+    half: float = 1.0
+    total: float = 0.0
 
 
 def segment_patch(image: np.ndarray, segments: np.ndarray, position: int) -> np.ndarray:
     """The connected part of a segment around ``position`` (row-major on the map's grid), cut out of its image.
 
-    A square with one cell of context on each side, or what the image has of it; what is outside the segment is faded
-    towards grey. ``image`` uint8 [H, W, 3], ``segments`` int [H', W']; returns uint8 [h, w, 3].
+    A square with one cell of context on each side, or what the image has of it; the segment is outlined, and what is
+    outside it is slightly lighter. ``image`` uint8 [H, W, 3], ``segments`` int [H', W']; returns uint8 [h, w, 3].
     """
     row, column = divmod(position, segments.shape[1])
     part = _connected(segments == segments[row, column], row, column)
@@ -54,9 +62,21 @@ def segment_patch(image: np.ndarray, segments: np.ndarray, position: int) -> np.
         for reached, cell, extent, length in zip((rows, columns), cells, (height, width), image.shape[:2], strict=True)
     )
     row_of, column_of = (np.arange(n) * count // n for n, count in zip(image.shape[:2], part.shape, strict=True))
-    inside = part[row_of][:, column_of, None]
-    faded = 0.35 * image + 0.65 * 160  # towards a mid grey, faint enough to tell and strong enough to see where it lies
-    return np.where(inside, image, faded).astype(np.uint8)[top : top + height, left : left + width]
+    cut = np.s_[top : top + height, left : left + width]
+    inside, image = part[row_of][:, column_of][cut], image[cut]
+    patch = np.where(inside[..., None], image, image + 0.2 * (255.0 - image))
+    line = max(1, round(side / 50))  # seen where a patch is drawn as small as in Figure 1
+    for thickness, colour in ((2 * line, 255), (line, 0)):  # black within white tells on any photograph
+        patch[_around(inside, thickness)] = colour
+    return patch.astype(np.uint8)
+
+
+def _around(inside: np.ndarray, thickness: int) -> np.ndarray:
+    """The pixels outside a mask [H, W] that are at most so many away from it, along rows, columns and diagonals."""
+    near = np.pad(inside, thickness)
+    for axis in (0, 1):
+        near = np.lib.stride_tricks.sliding_window_view(near, 2 * thickness + 1, axis).max(-1)
+    return near & ~inside
 
 
 def _connected(segment: np.ndarray, row: int, column: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from ..store import save_text
 from .figure1 import figure1
 
 if TYPE_CHECKING:
+    from ..networks.network import Target
     from .explained import Explained
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -26,7 +27,7 @@ def write(
     path: Path,
     panels: Sequence[Any] = (),
     *,
-    target: str = "",
+    target: "Target" = "",
     title: str = "",
     max_bytes: int = 5_000_000,
     overwrite: bool = False,
@@ -38,7 +39,7 @@ def write(
     panels
         Images to draw Figure 1 of, as ``explained.picture`` takes them.
     target
-        Class of attribution in the panels; empty: the predicted one.
+        Of the attributions in the panels, as in :meth:`~kmex_utils.explanation.explained.Explained.panel`.
     max_bytes
         Bound on the file. Patches become smaller first, then the last classes are left out, and the page says so.
     overwrite
@@ -114,12 +115,11 @@ def _class(explained: "Explained", c: int, size: int, quality: int) -> dict[str,
     return {"name": explained.classes[c], "images": explained.sharing(b, of_class[0])[1], "explainers": explainers}
 
 
-def _panel(explained: "Explained", image: Any, target: str) -> dict[str, Any]:
+def _panel(explained: "Explained", image: Any, target: "Target") -> dict[str, Any]:
     """Figure 1 of an image with the class it speaks of: uint8 [H, W, 3] from the last block and from the shallowest."""
     picture, names, figures = explained.picture(image), explained.network.classes, {}
     for part in explained.interpretations(picture, (), target):
         with Image.open(io.BytesIO(png(figure1(picture.rgb, [part]), PANEL_DPI))) as drawn:
             figures[part.name] = np.asarray(drawn.convert("RGB"))
-    seen = explained.seen(picture)
-    said = {"predicted": names[int(seen.y.argmax())], "target": names[explained.target(target, seen)]}
+    said = {"predicted": names[int(explained.seen(picture).y.argmax())], "target": " − ".join(part.target)}
     return {"name": picture.name, **said, "figures": figures}

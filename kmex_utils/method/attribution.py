@@ -55,3 +55,30 @@ def carried(
             att = segment_mean(att, maps[b])
         by_block[b] = att
     return by_block
+
+
+def chance(h: torch.Tensor, c_j: torch.Tensor) -> torch.Tensor:
+    """How far eq. 11 lies from 0 where c_j, at its length, has a random direction: ||h_r|| / (||c_j|| √D), [N].
+
+    The root mean square over positions r and directions. ``h`` [N, D, H, W] and ``c_j`` [N, D] as in
+    :func:`attribution`.
+    """
+    length = h.square().sum(1).mean((1, 2)).sqrt()
+    return length / (torch.linalg.vector_norm(c_j, dim=1) * h.shape[1] ** 0.5)
+
+
+def contributions(dots: torch.Tensor, q_s: torch.Tensor, prototypes: int, align_corners: bool = False) -> torch.Tensor:
+    """What each segment adds to the score y_j: 1/R Σ_r w_r h_r · c_j with w = Aᵀ 1_segment / Aᵀ 1, [N, K].
+
+    A is the upsampling from the R positions of h to those of the map, so w_r is the part of position r that lies in the
+    segment. Over segments w sums to 1: the contributions sum to avg_r(h_r · c_j), which is y_j - b_j (eq. 5), on every
+    grid. ``dots`` h_r · c_j [N, H, W], the map ``q_s`` int [N, H', W'] of K ``prototypes``; those not in it have 0.
+    """
+    size = (q_s.shape[1], q_s.shape[2])
+    height, width = (
+        F.interpolate(torch.eye(n).to(dots)[None], out, mode="linear", align_corners=align_corners)[0].sum(1)
+        for n, out in zip(dots.shape[1:], size, strict=True)
+    )
+    # Σ_r w_r dots_r = 1_segment · A (dots / Aᵀ 1): one upsampling serves all segments
+    by_position = upsample(dots / torch.outer(height, width), size, align_corners).flatten(1) / dots[0].numel()
+    return dots.new_zeros(len(dots), prototypes).scatter_add_(1, q_s.flatten(1), by_position)

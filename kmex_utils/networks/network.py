@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from .head import Affine, head_of, same
 from .trace import H, Layout, Pass, Tap, Trace, noise
 
 IMAGENET = Input(224, IMAGENET_MEAN, IMAGENET_STD, "crop")
+Target = str | int | None | Sequence[str | int | None]  # a class, or two; empty or None: the predicted one
 SETTINGS, WEIGHTS = "network.json", "weights.safetensors"
 NO_FILES = ("imagenet", "random", "scratch")  # other weights are files; the last two are the same
 SCORES = 8  # outputs whose scores on noise are saved
@@ -211,14 +213,28 @@ class Network(nn.Module):
         return y.sigmoid() if self.activation == "sigmoid" and not self.binary else y.softmax(1)
 
     def output(self, name: str | int) -> int:
-        """Index of the output with this name or index; a ValueError that lists the nearest names if there is none."""
-        if isinstance(name, int) and 0 <= name < len(self.classes):
-            return name
-        if not isinstance(name, str) or name not in self.classes:
-            close = get_close_matches(str(name), self.classes, n=4) or self.classes[:8]
-            more = " …" if len(close) < len(self.classes) else ""
-            raise ValueError(f"target must be a class of {self.name}, got {name!r}: {', '.join(close)}{more}")
-        return self.classes.index(name)
+        """Index of the output with this name or index; a ValueError that lists the nearest names if there is none.
+
+        Digits that are no name are an index.
+        """
+        if isinstance(name, str) and name in self.classes:
+            return self.classes.index(name)
+        is_index = isinstance(name, int | np.integer) or (isinstance(name, str) and name.isdecimal())
+        if is_index and 0 <= int(name) < len(self.classes):
+            return int(name)
+        close = get_close_matches(str(name), self.classes, n=4) or self.classes[:8]
+        more = " …" if len(close) < len(self.classes) else ""
+        raise ValueError(f"target must be a class of {self.name}, got {name!r}: {', '.join(close)}{more}")
+
+    def targets(self, target: Target) -> list[int | None]:
+        """Outputs that an attribution is to, by name or index: one, or two of which the second is subtracted.
+
+        None stands for the class predicted for an image, which an empty name or None asks for.
+        """
+        names = [target] if target is None or isinstance(target, str | int | np.integer) else list(target)
+        if len(names) not in (1, 2):
+            raise ValueError(f"target must be a class, or two of which the second is subtracted, got {len(names)}")
+        return [None if name is None or name == "" else self.output(name) for name in names]
 
     def preprocessing(self) -> str:
         """Input size and normalisation in a few words, with what is assumed."""
