@@ -105,8 +105,8 @@ def short(name: str, limit: int = 14, lines: int = 1) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of 0 to 1 in whole per cent; one that rounds to none is less than one."""
-    return f"{100 * share:.0f} %" if share >= 0.005 else "< 1 %"
+    """A share of 0 to 1 in whole per cent."""
+    return "< 1 %" if share < 0.01 else f"{100 * share:.0f} %"
 
 
 @styled

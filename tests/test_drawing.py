@@ -58,13 +58,11 @@ def test_the_scale_says_where_zero_lies(image, parts, centre, half, ticks, arrow
         i for axes in figure.axes for i in axes.images if i.get_cmap().name == "RdBu_r" and i.get_array().size == 4
     ]
     assert drawn.get_clim() == pytest.approx((centre - half, centre + half))
-    assert drawn.to_rgba(values)[1, 0, :3].min() > 0.9
+    assert drawn.to_rgba(values)[1, 0, :3].min() > 0.85
     bar = drawn.colorbar.ax
     assert {label.get_text() for label in bar.get_yticklabels()} == ticks
     assert "".join(text.get_text() for text in bar.texts) == arrow
-    assert "attribution to\na\n− b" in {axes.get_title() for axes in figure.axes} or "attribution to a\n− b" in {
-        axes.get_title() for axes in figure.axes
-    }
+    assert "attribution to a\n− b" in [axes.get_title() for axes in figure.axes]
 
 
 def test_figures_are_drawn_to_files_and_repeatable(image, parts, tmp_path):
@@ -146,7 +144,7 @@ def test_names_are_cut_to_fit():
     assert cut.startswith("…") and cut.endswith("wheaten terrier") and all(len(line) <= 16 for line in cut.split("\n"))
 
 
-@pytest.mark.parametrize(("share", "said"), [(0.0, "< 1 %"), (0.0049, "< 1 %"), (0.005, "1 %"), (0.344, "34 %")])
+@pytest.mark.parametrize(("share", "said"), [(0.0001, "< 1 %"), (0.0099, "< 1 %"), (0.01, "1 %"), (0.344, "34 %")])
 def test_a_share_is_never_none(share, said):
     assert drawing.percent(share) == said
 

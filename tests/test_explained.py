@@ -103,8 +103,43 @@ def test_a_target_by_name_or_index(explained):
     names = [explained.interpretations(0, [4], target=t)[0].attribution for t in ("temple", 1)]
     with pytest.raises(ValueError, match="target must be a class of ResNet, got 2"):
         explained.interpretations(0, target=2)
+    for same_class in (np.int64(1), "1", ["temple"]):
+        assert np.array_equal(explained.interpretations(0, [4], target=same_class)[0].attribution, names[0])
     assert np.array_equal(*names)
     assert not np.allclose(names[0], explained.interpretations(0, [4], target="flower")[0].attribution)
+
+
+def test_a_contrast_is_a_difference(explained):
+    """Maps, and what the segments add to the scores: to y_A - y_B less the biases."""
+    y = explained.seen(explained.picture(0)).y[0] - explained.network.b
+    one, other = (explained.interpretations(0, target=t) for t in ("temple", "flower"))
+    for a, b, both in zip(one, other, explained.interpretations(0, target=("temple", "flower")), strict=True):
+        assert (a.target, both.target) == (("temple",), ("temple", "flower"))
+        np.testing.assert_allclose(both.attribution, a.attribution - b.attribution, rtol=1e-3, atol=1e-5)
+        assert (a.total, both.total) == pytest.approx((float(y[1]), float(y[1] - y[0])), rel=1e-3, abs=1e-5)
+        assert sum(p.contribution for p in both.patches) == pytest.approx(both.total, rel=1e-3, abs=1e-5)
+    title = explained.panel(0, target=("temple", "flower")).get_suptitle()
+    assert "attribution to temple − flower" in " ".join(title.split())
+
+
+def test_a_flat_map_stays_flat(explained):
+    """h of one value at every position, but for noise of a thousandth: the scale does not stretch that to full colour.
+
+    Its half-width is then what columns of random directions would reach; where a map goes further, that.
+    """
+    seen = explained.seen(explained.picture(0))
+    c = explained.network.c[int(seen.y.argmax())]
+    noise = torch.randn(seen.h.shape, generator=torch.Generator().manual_seed(0))
+    flat = explained.attributed(seen._replace(h=seen.h.mean((2, 3), keepdim=True) * (1 + noise / 1000)))
+    length = seen.h.mean((2, 3)).norm()
+    assert float(flat.half) == pytest.approx(float(length / c.norm() / len(c) ** 0.5), rel=1e-3)
+    assert max(float(a.max() - a.min()) for a in flat.maps.values()) < flat.half / 20
+    assert float(flat.centre) == pytest.approx(float(seen.h.mean((0, 2, 3)) @ c / c.square().sum()), rel=1e-2)
+    far = seen.h.clone()
+    far[:, :, 0, 0] += 10 * c
+    spread = explained.attributed(seen._replace(h=far), int(seen.y.argmax()))
+    reach = max(float((a - spread.centre).abs().max()) for a in spread.maps.values())
+    assert float(spread.half) == pytest.approx(reach, rel=1e-5) and reach > 2
 
 
 def test_an_image_from_anywhere_is_the_same(explained, photos):
@@ -274,6 +309,8 @@ def test_attributions_beyond_the_paper(arch, photos, tmp_path):
         c = (torch.nn.functional.hardswish(a) / a * module.classifier[3].weight[7]) @ module.classifier[0].weight
     expected = torch.einsum("ndhw,nd->nhw", seen.h, c) / c.square().sum()
     torch.testing.assert_close(att, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    points = explained.attributed(seen, 7).contributions[4].sum()
+    torch.testing.assert_close(points, (z * c).sum(), rtol=1e-3, atol=1e-5)
     inputs = seen.inputs.numpy()
     of_quantus = explained.explain_func(network, inputs, np.array([7]), attribution_start="raw")
     assert of_quantus.shape == (1, 1, SIZE, SIZE) and np.isclose(of_quantus.max(), att.max(), rtol=1e-4)

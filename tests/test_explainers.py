@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import blocks_of
 
 from kmex_utils import networks
 from kmex_utils.data import own_input
-from kmex_utils.method.attribution import attribution, carried, segment_mean, upsample
+from kmex_utils.method.attribution import attribution, carried, chance, contributions, segment_mean, upsample
 from kmex_utils.method.composite import GRIDS, PRINTED, Normalisation, composite
 from kmex_utils.method.explainers import CNNAsSEM, EncoderKMeans, KMEx, avg_pool, block_name
 from kmex_utils.method.prototypes import Prototypes
@@ -175,6 +176,35 @@ def test_segment_means_keep_the_image_mean():
     """Averaging over segments moves attribution around but creates none."""
     values, segments = torch.randn(2, 6, 6), torch.randint(5, (2, 6, 6))
     torch.testing.assert_close(segment_mean(values, segments).mean((1, 2)), values.mean((1, 2)), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(4, 4), (8, 8), (9, 7), (5, 13)])
+def test_contributions_add_up_to_the_score(size, align_corners):
+    """By position with a dense A, w = Aᵀ 1_segment / Aᵀ 1, on whole ratios and others; an identity, to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    h, c = torch.randn(2, 6, 4, 4, generator=generator).double(), torch.randn(2, 6, generator=generator).double()
+    q_s = torch.randint(5, (2, *size), generator=generator)
+    dots = torch.einsum("ndhw,nd->nhw", h, c)
+    ours = contributions(dots, q_s, 7, align_corners)
+    one_hot = torch.eye(16).double().view(16, 1, 4, 4)
+    a = F.interpolate(one_hot, size, mode="bilinear", align_corners=align_corners).view(16, -1).T
+    for n in range(2):
+        for k in range(7):
+            w = a.T @ (q_s[n] == k).flatten().double() / a.T.sum(1)
+            expected = sum(w[r] * (h[n].flatten(1)[:, r] @ c[n]) for r in range(16)) / 16
+            assert ours[n, k].item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
+        assert ours[n].sum().item() == pytest.approx((avg_pool(h)[n] @ c[n]).item(), rel=1e-6)
+    assert (ours[:, 5:] == 0).all(), "prototypes that are not in the map"
+
+
+def test_a_random_column_reaches_the_floor_of_the_scale():
+    """10,000 columns of one length, drawn in all directions."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(1, 32, 3, 3, generator=generator).relu() * 5
+    c = F.normalize(torch.randn(10_000, 32, generator=generator)) * 0.7
+    drawn = attribution(h.expand(10_000, -1, -1, -1), c).square().mean().sqrt()
+    assert chance(h, c[:1]).item() == pytest.approx(drawn.item(), rel=0.02)
 
 
 def test_attribution_without_the_deeper_prototypes_is_refused():

@@ -198,7 +198,7 @@ def test_export(explained, mixed, tmp_path):
                     segment = part.map == row.prototype
                     assert row.share == pytest.approx(segment.mean())
                     assert row.attribution == pytest.approx(part.attribution[segment].mean(), rel=1e-3, abs=1e-5)
-                j = table.loc[name, "predicted_index"]
+                j = int(table.loc[name, "predicted_index"])
                 score = table.loc[name, "score"] - float(explained.network.b[j])
                 assert rows.contribution.sum() == pytest.approx(score, rel=1e-4, abs=1e-5), "the score less its bias"
     assert pq.read_schema(out / "images.parquet").field("predicted_index").type == "int64"

@@ -34,7 +34,7 @@ function drawGrid(context, rows, colourOf) {
 }
 
 function percent(share) {
-  return share < 0.005 ? "< 1 %" : `${Math.round(100 * share)} %`;
+  return share < 0.01 ? "< 1 %" : `${Math.round(100 * share)} %`;
 }
 
 function signed(value) {
