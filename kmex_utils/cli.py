@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add("saved", type=Path, help=saved)
     add("images", nargs="+", metavar="image", help="images to draw Figure 1 of, new ones too")
     add("--target", **target)
+    add("--overlay", action="store_true", help="also lay map and attribution over each image, at its own resolution")
     add("--out", type=Path, help="folder for the panels (default: SAVED)")
 
     add = command(export)
@@ -159,16 +160,25 @@ def _check(options: argparse.Namespace, network: "Network") -> None:
             raise ValueError(f"--panel {image} cannot be read: {error}") from None
 
 
-def _panels(explained: "Explained", images: Sequence[str], out: Path, target: Sequence[str]) -> list["Picture"]:
-    """Figure 1 of each image as ``panel-<name>`` below ``out``; says where."""
+def _panels(
+    explained: "Explained", images: Sequence[str], out: Path, target: Sequence[str], overlays: Sequence[str] = ()
+) -> list["Picture"]:
+    """Figure 1 of each image as ``panel-<name>`` below ``out``, and its ``overlays``; says where."""
     from . import drawing
+    from .store import replacing
 
     pictures = [explained.picture(image) for image in images]
     names = ["-".join(Path(picture.name).with_suffix("").parts) for picture in pictures]
     for i, picture in enumerate(pictures):
-        stem = out / f"panel-{names[i]}{f'-{i + 1}' if names.count(names[i]) > 1 else ''}"
+        name = f"{names[i]}{f'-{i + 1}' if names.count(names[i]) > 1 else ''}"
+        stem = out / f"panel-{name}"
         drawing.save(explained.panel(picture, target=target), stem)
         print(f"{stem}.png")
+        for of in overlays:
+            file = out / f"{of}-{name}.png"
+            with replacing(file) as temporary:
+                explained.overlay(images[i], target=target, of=of).save(temporary)
+            print(file)
     return pictures
 
 
@@ -176,7 +186,9 @@ def show(options: argparse.Namespace) -> int:
     """Draw Figure 1 of new images by an explanation saved before. Nothing is fitted."""
     from .explanation.explained import Explained
 
-    _panels(Explained.load(options.saved), options.images, options.out or options.saved, options.target)
+    explained = Explained.load(options.saved)
+    layers = ["map", *(["attribution"] if explained.network.form else [])] if options.overlay else []
+    _panels(explained, options.images, options.out or options.saved, options.target, layers)
     return 0
 
 

@@ -88,6 +88,12 @@ def coloured(q_s: np.ndarray, largest: int = COLOURED) -> np.ndarray:
     return rgb
 
 
+def diverging(values: np.ndarray, centre: float, half: float) -> np.ndarray:
+    """Values [H, W] in colours, RGB: white at the centre, red above it and blue below, full at ``half`` away."""
+    rgba: np.ndarray = plt.get_cmap("RdBu_r")(0.5 + (values - centre) / (2 * half))
+    return rgba[..., :3]
+
+
 def literal(words: str) -> str:
     """Words for a figure as they are: matplotlib would set what lies between two $ as a formula."""
     return words.replace("$", r"\$")

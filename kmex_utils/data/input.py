@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 LUMA = (19595, 38470, 7471)  # of 65536: ITU-R 601-2, as Pillow's convert("L") rounds it
 
 
@@ -72,6 +73,21 @@ class Input:
     def size(self) -> tuple[int, int]:
         """(H, W)."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    def box(self, size: Sequence[int]) -> Box:
+        """The part of an upright image of ``size`` (H, W) that enters the network, in its pixels, as fractions of them.
+
+        All of it, or what is in the middle and of the network's proportions. A ValueError with a transform of one's
+        own: only that knows.
+        """
+        if self.transform:
+            raise ValueError(f"where {name_of(self.transform)} takes an image from is not known: give fit= instead")
+        height, width = size
+        if self.fit == "stretch":
+            return 0, 0, width, height
+        wide = self.size[1] / self.size[0]
+        w, h = min(width, height * wide), min(height, width / wide)
+        return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
     def __call__(self, pixels: np.ndarray | torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
         """uint8 [n, 1 or 3, H, W] to the network's input, float32 [n, C, H, W], channels last."""

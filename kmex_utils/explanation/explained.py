@@ -420,6 +420,30 @@ class Explained:
         words = f"{Path(picture.name).name}: {self.network.name} says {predicted}{of}"
         return figure1(picture.rgb, parts, title or words)
 
+    def overlay(self, image: AnyImage, start_block: int = 0, target: Target = "", **options: Any) -> Image.Image:
+        """Map or attribution over the picture at its own resolution, from a start block (0: the shallowest).
+
+        What the network does not see, beside a centre crop, is lighter. A cell has seen far more than its square: give
+        one to see how much. An image that is no file and no Pillow image is shown as it enters the network.
+
+        Parameters
+        ----------
+        of
+            ``map`` (the panel's colours) or ``attribution`` (to the ``target``).
+        opacity
+            Of the layer, 0 to 1.
+        outline
+            Whether each segment has an edge of its own colour.
+        cell
+            Row and column on the map's grid: its square is framed, and the receptive field, all pixels that can
+            influence it (see :func:`kmex_utils.explanation.overlay.receptive_field`).
+        attribution_start
+            As in :meth:`panel`.
+        """
+        from .overlay import overlay
+
+        return overlay(self, image, start_block, target, **options)
+
     def explorer(self, image: AnyImage = 0, start_block: int = 0) -> "Explorer":
         """An interactive view for the notebook; a still one where widgets cannot run."""
         from .explorer import Explorer

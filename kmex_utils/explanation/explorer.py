@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
-from matplotlib import colormaps
 
-from ..drawing import COLOURED, GREY, data_url, palette, png
+from ..drawing import COLOURED, GREY, data_url, diverging, palette, png
 from .interpretation import Interpretation
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class Explorer:
             "why_no_attribution": network.between,
         }
         if part.attribution is not None:
-            colours = colormaps["RdBu_r"](0.5 + (part.attribution - part.centre) / (2 * part.half))[..., :3]
+            colours = diverging(part.attribution, part.centre, part.half)
             view["attribution_colours"] = (255 * colours).round().astype(int).tolist()
             view["attribution"] = [[float(f"{value:.4g}") for value in row] for row in part.attribution]
         return view
