@@ -53,9 +53,10 @@ explained
 # %% [markdown]
 # ## One image
 #
-# The map's colours are the borders of the patches: for each prototype the closest training example, cut to the segment
-# it lies in. Above each patch, the prototype's class and the share of the image it covers. Red speaks for the class,
-# blue against it, on one scale for both depths.
+# The map's colours are the borders of the patches: for each prototype the closest training example, with the segment
+# it lies in outlined. Above each patch, the prototype's class, the share of the image it covers and the points that
+# its segment adds to the score. Red is more attribution than the map's mean, blue less, on one scale for both depths:
+# behind a ReLU nearly every position speaks for the class. Where zero lies is ticked beside the scale, or pointed to.
 
 # %%
 from kmex_utils import drawing, paths
@@ -77,7 +78,8 @@ figure
 # %% [markdown]
 # ## In numbers
 #
-# The segments of each map with the attribution they share.
+# The segments of each map with the attribution they share and the points they add to the score; those of all segments
+# of a map sum to the score without its bias.
 
 # %%
 import pandas as pd
@@ -86,8 +88,10 @@ rows = []
 for result in explained.interpretations(picture, start_blocks, target, attribution_start=attribution_start):
     for patch in result.patches:
         attribution = result.attribution[result.map == patch.prototype].mean()
-        rows.append((result.name, patch.prototype, patch.class_name, 100 * patch.share, attribution))
-pd.DataFrame(rows, columns=["explainer", "prototype", "class", "share (%)", "attribution"]).round(2)
+        segment = (result.name, patch.prototype, patch.class_name, 100 * patch.share)
+        rows.append((*segment, attribution, patch.contribution))
+columns = ["explainer", "prototype", "class", "share (%)", "attribution", "points of the score"]
+pd.DataFrame(rows, columns=columns).round(2)
 
 # %% [markdown]
 # ## The baseline's explanation
@@ -99,7 +103,7 @@ from kmex_utils.paper import figures
 from kmex_utils.training import protopnet
 
 if baseline:
-    j = explained.target(target, explained.seen(picture))
+    j = int(explained.target(target, explained.seen(picture))[0, 0])
     learned = protopnet.load(run.network(), *run.part("ProtoPNet", "05_protopnet"))
     j, activated = protopnet.most_activated(learned, images, images.test.pixels[image], target=j if target else None)
     title = f"ProtoPNet: {dataset}, test image {image} ({truth})"

@@ -48,6 +48,7 @@ restarts: int = 3  # of k-means; the best is kept
 seed: int = 0  # of k-means and of the held-out images
 image: str = ""  # index or name of the image looked at; empty: the first held-out one
 target: str = ""  # class to attribute to; empty: the network's prediction
+against: str = ""  # class whose attribution is subtracted, for a contrast of the two; empty: none
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
 scratch: str = ""  # folder for temporary files of what does not fit in memory; empty: the system's
 out: str = "runs/your-own-model"  # prototypes, table, report and export go here
@@ -161,11 +162,20 @@ image_grid(patches, ["{} of {}".format(*explained.sharing(shallowest, k)) for k 
 # %% [markdown]
 # ## One image
 #
-# Figure 1 for an image of the folder, from the last block and from the shallowest.
+# Figure 1 for an image of the folder, from the last block and from the shallowest. Above each patch stand its class,
+# the share of the image and the points that the segment adds to the score (of a contrast: to the difference of the
+# scores). Red is more attribution than the map's mean, blue less; the scale says where zero lies.
 
 # %%
 which = int(image) if image.isdigit() else image or 0
-explained.panel(which, target=target)
+to = (target, against) if against else target
+explained.panel(which, target=to)
+# %% [markdown]
+# The same on the picture itself, at its own resolution; what the network does not see is lighter. A cell has seen far
+# more than its square: `explained.overlay(which, cell=(0, 0))` frames all pixels that can influence one.
+
+# %%
+explained.overlay(which, target=to, of="attribution" if network.form else "map")
 # %% [markdown]
 # ## Explore
 #
@@ -188,5 +198,7 @@ explorer
 # %%
 results = explained.save(paths.resolve(out))
 first = range(min(4, len(explained.names)))
-report = explained.report(results / "report.html", [which, *(i for i in first if i != which)], overwrite=True)
+report = explained.report(
+    results / "report.html", [which, *(i for i in first if i != which)], target=to, overwrite=True
+)
 print(f"{report.name}: {report.stat().st_size / 1e6:.1f} MB, beside the prototypes in {results}")

@@ -1,4 +1,4 @@
-"""Overlays at the picture's own resolution: the geometry against Pillow's own, the receptive field against intervals."""
+"""Overlays at the picture's own resolution: the geometry against Pillow, the receptive field against intervals."""
 
 import numpy as np
 import pytest

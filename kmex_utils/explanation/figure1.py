@@ -35,7 +35,7 @@ def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation) -> None:
     top = [panel.add_subplot(grid[0, 5 * i : 5 * i + 5]) for i in range(3)]
     extent = (0, image.shape[1], image.shape[0], 0)
     top[0].imshow(image)
-    predicted = short(part.predicted, 22)
+    predicted = short(part.predicted, 24)
     top[0].set_title(f"{part.name}: predicts{' ' if len(predicted) < 10 else chr(10)}{predicted}")
     top[1].imshow(coloured(part.map, len(part.patches)), extent=extent)
     top[1].set_title("explanation map")
@@ -44,7 +44,7 @@ def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation) -> None:
     else:
         low, high = part.centre - part.half, part.centre + part.half
         drawn = top[2].imshow(part.attribution, cmap="RdBu_r", vmin=low, vmax=high, extent=extent)
-        to = "\n− ".join(short(name, 20) for name in part.target)
+        to = "\n− ".join(short(name, 22) for name in part.target)
         top[2].set_title(f"attribution to{' ' if len(to) < 8 else chr(10)}{to}")
         _tick(panel.colorbar(drawn, ax=top[2], shrink=0.8, pad=0.03), part.centre, part.half)
         of_all = f"points of the score (all segments: {part.total:+.{decimals}f})"
@@ -80,7 +80,7 @@ def _decimals(largest: float) -> int:
 def _draw_patch(axes: Axes, patch: Patch, colour: Colour, decimals: int) -> None:
     axes.imshow(patch.pixels, interpolation="antialiased")  # else lines are lost where it is drawn smaller
     points = "" if patch.contribution is None else f" · {patch.contribution:+.{decimals}f}"
-    words, name = percent(patch.share) + points, short(patch.class_name, 16, 2)
+    words, name = percent(patch.share) + points, short(patch.class_name, 15, 2)
     beside = len(name) + len(words) < 16
     axes.set_title(f"{name} · {words}" if beside else f"{name}\n{words}", fontsize=8 if beside else 7, pad=3)
     for spine in axes.spines.values():
