@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .explorer import Explorer
 
 NEAREST = 5  # patches of each prototype, of as many images: what one row of the explorer holds
+SMALL_PATCH = 96  # pixels of a patch saved small: as the explorer shows it
 KEPT_SEEN = 32  # images from outside the data set whose maps stay in memory
 T = TypeVar("T")
 
@@ -107,6 +108,10 @@ class Nearest:
             shared[of_class] = torch.stack([(q_s == k).any(1).sum() for k in of_class])
             images[of_class] = len(members)
         return cls(index, position, shared, images)
+
+    def first(self) -> "Nearest":
+        """The nearest one alone."""
+        return replace(self, index=self.index[:, :1], position=self.position[:, :1])
 
     def ranks(self) -> list[list[int]]:
         """[prototype, rank] of every patch there is."""
@@ -419,10 +424,12 @@ class Explained:
 
     # to keep
 
-    def save(self, folder: str | Path, only: Iterable[str] = ()) -> Path:
+    def save(self, folder: str | Path, only: Iterable[str] = (), *, small: bool = False) -> Path:
         """Everything into a folder that :meth:`load` reads, if it was written to the end; explainers there before go.
 
         ``only`` names explainers (``KMEx-5``, ``B234``) to write beside what is there, as notebooks 3 and 4 do.
+        ``small``: a few MB to send or commit. The encoder's weights stay out, so loading needs their file; prototypes
+        are float16, and each keeps its nearest patch alone, of at most 96 pixels.
         """
         folder, only = Path(folder).expanduser(), list(only)
         settings, weights = folder / "explained.json", self.network.fingerprint
@@ -431,7 +438,7 @@ class Explained:
         if not only:
             saved_before = settings.exists()  # else the files of those names are not ours
             stale = [*_explainer_files(folder), folder / "table.csv"] if saved_before else []
-            self.network.save(folder)
+            self.network.save(folder, head_only=small)
             save_json(settings, {"unfinished": True})
             for path in stale:
                 path.unlink(missing_ok=True)
@@ -444,9 +451,13 @@ class Explained:
             b = made.get("start_block")
             explainer = self.kmex[made["prototypes_per_class"]] if b is None else self.explainers[b]
             tensors = dict(vars(explainer.prototypes))
+            if small:  # rows of q are near float16's smallest numbers; their largest becomes 1
+                tensors["unit"] = tensors["vectors"].abs().max()
+                tensors["vectors"] = (tensors["vectors"] / tensors["unit"]).half()
             if b is not None:
-                tensors |= {f"nearest_{key}": value for key, value in vars(self.nearest[b]).items()}
-                encoded = [_webp(self.patch(b, k, rank).pixels) for k, rank in self.nearest[b].ranks()]
+                nearest = self.nearest[b].first() if small else self.nearest[b]
+                tensors |= {f"nearest_{key}": value for key, value in vars(nearest).items()}
+                encoded = [_webp(self.patch(b, k, rank).pixels, small) for k, rank in nearest.ranks()]
                 tensors["patches"] = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
                 tensors["patch_sizes"] = torch.tensor([len(part) for part in encoded])
             save_tensors(folder / f"{name}.safetensors", tensors, {**made, **of})
@@ -461,6 +472,7 @@ class Explained:
         module: nn.Module | None = None,
         images: str | Path | Dataset | Any | None = None,
         *,
+        weights: str | Path | Mapping[str, Any] = "",
         transform: Callable[[Any], torch.Tensor] | None = None,
     ) -> "Explained":
         """What :meth:`save` left: explains images it has never seen, and fits nothing again.
@@ -471,6 +483,9 @@ class Explained:
             Your own network, where it is not one of torchvision or timm; refused where its weights or scores differ.
         images
             As :func:`explain` takes them, for what needs the data set: indices, names, the explorer's list.
+        weights
+            The file (or state dict, or ``imagenet``) that the network was made of, where it was saved ``small``; others
+            are refused.
         transform
             Your own, where images entered by one: only its name is saved.
 
@@ -486,12 +501,12 @@ class Explained:
         settings = load_json(path)
         if not isinstance(settings, dict) or not isinstance(settings.get("classes"), list):
             raise ValueError(f"{path} is not of a whole saved explanation: save it again")
-        network = networks.load(folder, module, transform)
+        network = networks.load(folder, module, transform, weights)
         how = {key: settings[key] for key in ("held_out", "seed") if key in settings}
         dataset = None if images is None else opened(images, network, **how)
-        explained, weights = cls(network, dataset, settings), network.fingerprint
+        explained, fingerprint = cls(network, dataset, settings), network.fingerprint
         for path in _explainer_files(folder):
-            explained._load_explainer(path, weights)
+            explained._load_explainer(path, fingerprint)
         if (folder / "table.csv").is_file():
             import pandas as pd
 
@@ -507,6 +522,8 @@ class Explained:
         self._made[path.stem] = made
         classes, b = len(self.classes), made.get("start_block")
         try:
+            if "unit" in tensors:
+                tensors["vectors"] = tensors["vectors"].float() * tensors["unit"]
             prototypes, count = _of(Prototypes, tensors), int(made["prototypes_per_class"])
             expected = torch.arange(classes).repeat_interleave(count)
             if path.stem != (f"KMEx-{count}" if b is None else self.name(b)):
@@ -558,8 +575,12 @@ def _explainer_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: (path.stem[0] == "B", len(path.stem), path.stem))
 
 
-def _webp(pixels: np.ndarray) -> bytes:
+def _webp(pixels: np.ndarray, small: bool = False) -> bytes:
     """Lossless, so that a saved patch is the patch; method 0 is quick and costs a few per cent of size."""
+    image, how = Image.fromarray(np.ascontiguousarray(pixels)), {"lossless": True, "method": 0}
+    if small:
+        image.thumbnail((SMALL_PATCH, SMALL_PATCH))
+        how = {"quality": 75, "method": 4}
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "WEBP", lossless=True, method=0)
+    image.save(buffer, "WEBP", **how)
     return buffer.getvalue()
