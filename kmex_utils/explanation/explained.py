@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from tqdm.auto import tqdm
 
 from .. import data, networks, paths
 from ..data import Dataset, reading
@@ -22,12 +23,15 @@ from ..hardware import exact
 from ..method.attribution import attribution, carried
 from ..method.composite import Normalisation
 from ..method.explainers import EncoderKMeans, KMEx, block_name
+from ..method.measures import accuracy
 from ..method.products import double_device
 from ..method.prototypes import Prototypes
 from ..networks import Network
 from ..store import load_json, load_tensors, replacing, save_json, save_tensors
+from .edits import BATCH, Edits, appearances
+from .gallery import relabelled
 from .interpretation import Interpretation, Patch, segment_patch
-from .passed import Passed
+from .passed import SPLITS, Passed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +96,7 @@ class Nearest:
         p, labels = explainer.prototypes, passed.labels["train"]
         index = torch.full((len(p), NEAREST), -1)
         position, images = index.clone(), torch.zeros(len(p), dtype=torch.int64)
-        shared = images.clone()
+        shared = appearances(p.labels, labels, maps)
         for c in p.labels.unique().tolist():
             of_class = (p.labels == c).nonzero().flatten()
             members = (labels == c).nonzero().flatten()
@@ -104,8 +108,6 @@ class Nearest:
             n = min(NEAREST, len(members))
             order = distance.topk(n, 1, largest=False).indices
             index[of_class, :n], position[of_class, :n] = members[order], row.gather(1, order)
-            q_s = maps[members].flatten(1)
-            shared[of_class] = torch.stack([(q_s == k).any(1).sum() for k in of_class])
             images[of_class] = len(members)
         return cls(index, position, shared, images)
 
@@ -137,7 +139,10 @@ class Explained:
         Cosines (Table 1) and accuracy (Table 2) by model, or None.
     maps, y, h
         By (start block, split) q_s of every image, int32 [N, H_b, W_b]; by split the network's scores [N, C] and, where
-        they fit, the encoder's outputs. Filled by :func:`~kmex_utils.explanation.fit.explain` alone.
+        they fit, the encoder's outputs. Filled by :func:`~kmex_utils.explanation.fit.explain`, maps and y also by
+        :meth:`fill`.
+    edits
+        :class:`~kmex_utils.explanation.edits.Edits`: prototypes disabled, merged, renamed.
     """
 
     def __init__(self, network: Network, dataset: Dataset | None, settings: dict[str, Any]) -> None:
@@ -153,6 +158,7 @@ class Explained:
         self._made: dict[str, dict[str, Any]] = {}  # settings of each explainer
         self._drawn: dict[tuple[int, int, int], bytes] = {}  # patches as saved, by start block, prototype and rank
         self._seen = lru_cache(KEPT_SEEN)(self._see)
+        self.edits = Edits(self)
 
     def __repr__(self) -> str:
         names = ", ".join([*(f"KMEx (K/C={k})" for k in self.kmex), *(self.name(b) for b in self.explainers)])
@@ -191,6 +197,8 @@ class Explained:
         ``maps`` are q_s of the training images, [N, H', W']; ``settings`` say how it was fitted.
         """
         b = explainer.start_block
+        if any(edit["start_block"] == b for edit in self.edits.done):
+            raise ValueError(f"{self.name(b)} was edited, and another fit has other prototypes: edits.undo() first")
         self.explainers[b], self.maps[b, "train"] = explainer, maps.int()
         self.nearest[b] = Nearest.of(explainer, passed, maps)
         count = len(explainer.prototypes) // len(self.classes)
@@ -206,21 +214,63 @@ class Explained:
             with Image.open(io.BytesIO(self._drawn[key])) as image:
                 pixels = np.asarray(image)
         else:
-            assert self.dataset is not None
-            segments = self.maps[start_block, "train"][index].numpy()
+            maps = self.edits.fitted(start_block)[2]
+            assert self.dataset is not None and maps is not None
+            segments = maps[index].numpy()
             pixels = segment_patch(self.dataset.train.rgb(index), segments, position)
         name = self.classes[int(self.explainers[start_block].prototypes.labels[prototype])]
-        return Patch(prototype, name, 0.0, pixels, index)
+        return Patch(prototype, name, 0.0, pixels, index, self.edits.names(start_block).get(prototype, ""))
 
     def patches(self, start_block: int, prototype: int) -> list[Patch]:
-        """The nearest training patches of a prototype, each of another image."""
-        count = int((self.nearest[start_block].index[prototype] >= 0).sum())
-        return [self.patch(start_block, prototype, rank) for rank in range(count)]
+        """The nearest training patches of a prototype, each of another image; of all that are merged with it."""
+        members = (self.edits.segment(start_block) == prototype).nonzero().flatten().tolist()
+        index = self.nearest[start_block].index
+        ranks = [(rank, k) for rank in range(index.shape[1]) for k in members if index[k, rank] >= 0]
+        return [self.patch(start_block, k, rank) for rank, k in ranks]
 
     def sharing(self, start_block: int, prototype: int) -> tuple[int, int]:
         """In how many training images of its class a prototype appears, and how many there are."""
         nearest = self.nearest[start_block]
         return int(nearest.shared[prototype]), int(nearest.images[prototype])
+
+    # all images
+
+    def fill(self) -> None:
+        """Maps and scores of the data set's images, where they are not known yet: one pass through the network."""
+        for split in SPLITS if self.dataset else ():
+            assert self.dataset is not None
+            images = self.dataset.split(split)
+            missing = [b for b in self.explainers if (b, split) not in self.maps]
+            if not len(images) or (not missing and split in self.y):
+                continue
+            y: list[torch.Tensor] = []
+            maps: dict[int, list[torch.Tensor]] = {b: [] for b in missing}
+            for i in tqdm(range(0, len(images), BATCH), f"maps of {split}", leave=False, delay=1):
+                seen = self.see(images.pixels[i : i + BATCH])
+                y.append(seen.y)
+                for b in missing:
+                    maps[b].append(seen.maps[b].int())
+            self.y[split] = torch.cat(y)
+            self.maps |= {(b, split): torch.cat(parts) for b, parts in maps.items()}
+
+    def labels_of(self, split: str) -> torch.Tensor:
+        """Classes of a split's images as :attr:`classes` counts them, [N]; -1: none of them."""
+        assert self.dataset is not None
+        if self.predictions_as_labels:
+            return relabelled(self.y[split].argmax(1), torch.tensor(self.settings["stand_in_classes"]))
+        theirs = torch.tensor([*(self.classes.index(c) if c in self.classes else -1 for c in self.dataset.classes), -1])
+        return theirs[self.dataset.split(split).labels]
+
+    def accuracies(self, start_block: int) -> dict[str, float]:
+        """Accuracy of an explainer in %, by the table's columns; the images' maps must be known."""
+        found = {}
+        for split, name in SPLITS.items():
+            if (start_block, split) in self.maps and len(self.maps[start_block, split]):
+                labels = self.labels_of(split)
+                y = self.explainers[start_block].proj(self.maps[start_block, split].long())
+                right = accuracy(y.argmax(1)[labels >= 0], labels[labels >= 0])
+                found[f"{'agreement' if self.predictions_as_labels else 'accuracy'}, {name} (%)"] = right
+        return found
 
     # one image
 
@@ -449,20 +499,23 @@ class Explained:
         for name in only or self._made:
             made = self._made[name]
             b = made.get("start_block")
-            explainer = self.kmex[made["prototypes_per_class"]] if b is None else self.explainers[b]
+            explainer = self.kmex[made["prototypes_per_class"]] if b is None else self.edits.fitted(b)[0]
             tensors = dict(vars(explainer.prototypes))
             if small:  # rows of q are near float16's smallest numbers; their largest becomes 1
                 tensors["unit"] = tensors["vectors"].abs().max()
                 tensors["vectors"] = (tensors["vectors"] / tensors["unit"]).half()
             if b is not None:
-                nearest = self.nearest[b].first() if small else self.nearest[b]
+                nearest = self.edits.fitted(b)[1]
+                nearest = nearest.first() if small else nearest
                 tensors |= {f"nearest_{key}": value for key, value in vars(nearest).items()}
                 encoded = [_webp(self.patch(b, k, rank).pixels, small) for k, rank in nearest.ranks()]
                 tensors["patches"] = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
                 tensors["patch_sizes"] = torch.tensor([len(part) for part in encoded])
             save_tensors(folder / f"{name}.safetensors", tensors, {**made, **of})
         if not only:
-            save_json(settings, {**self.settings, "classes": list(self.classes)})  # last: what is there is whole
+            edits = {"edits": self.edits.done} if self.edits.done else {}
+            # last: what is there is whole
+            save_json(settings, {**self.settings, "classes": list(self.classes), **edits})
         return folder
 
     @classmethod
@@ -501,6 +554,7 @@ class Explained:
         settings = load_json(path)
         if not isinstance(settings, dict) or not isinstance(settings.get("classes"), list):
             raise ValueError(f"{path} is not of a whole saved explanation: save it again")
+        edits = settings.pop("edits", [])
         network = networks.load(folder, module, transform, weights)
         how = {key: settings[key] for key in ("held_out", "seed") if key in settings}
         dataset = None if images is None else opened(images, network, **how)
@@ -511,6 +565,7 @@ class Explained:
             import pandas as pd
 
             explained.table = pd.read_csv(folder / "table.csv", index_col="model")
+        explained.edits.replay(edits)
         return explained
 
     def _load_explainer(self, path: Path, weights: str) -> None:

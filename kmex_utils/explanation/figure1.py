@@ -55,7 +55,7 @@ def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation, limit: floa
 
 def _draw_patch(axes: Axes, patch: Patch, colour: Colour) -> None:
     axes.imshow(patch.pixels)
-    name, share = short(patch.class_name), f"{100 * patch.share:.0f} %"
+    name, share = short(patch.label), f"{100 * patch.share:.0f} %"
     if len(name) < 10:
         axes.set_title(f"{name} · {share}", fontsize=8, pad=3)
     else:

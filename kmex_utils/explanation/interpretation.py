@@ -10,7 +10,8 @@ class Patch:
     """A prototype and a training patch near it.
 
     ``share`` of the explained image's positions; ``pixels`` uint8 [h, w, 3], the training image around the segment
-    of the nearest row, faded outside it; ``index`` of that image in the training split.
+    of the nearest row, faded outside it; ``index`` of that image in the training split; ``name``: one's own for the
+    prototype, or empty.
     """
 
     prototype: int
@@ -18,6 +19,12 @@ class Patch:
     share: float
     pixels: np.ndarray
     index: int
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """What to call the prototype: its name, else its class."""
+        return self.name or self.class_name
 
 
 @dataclass(frozen=True)
