@@ -82,7 +82,8 @@ def images_of(run):
 # %%
 import torch
 
-from kmex_utils.evaluation.certainty import agreement, refitted
+from kmex_utils.evaluation.certainty import agreement
+from kmex_utils.explanation.refits import refitted
 
 
 def fitted(passed, b, scale, k, seed, **options):

@@ -1,65 +1,9 @@
-"""How sure a map is: k-means from other seeds gives other prototypes, so some positions change theirs."""
-
-from dataclasses import fields, replace
-from typing import Any
+"""How sure a map is: how far the maps of refits (:mod:`kmex_utils.explanation.refits`) agree with it."""
 
 import torch
 
-from ..explanation.explained import Explained
-from ..explanation.passed import Passed
 from ..method.explainers import EncoderKMeans
-from ..method.prototypes import Prototypes
 from .fidelity import adjusted_for_chance, pairs
-
-
-def certainty(of: Passed | Explained, explainer: EncoderKMeans, refits: int = 5, **options: Any) -> torch.Tensor:
-    """In which share of the refits each position of the test images keeps its prototype, [N, H', W'].
-
-    ``of`` is what the explainer was fitted on; ``options`` are those of :func:`refitted`. An :class:`Explained` passes
-    its images through its network once more; without them a ValueError.
-    """
-    if isinstance(of, Explained):
-        if of.dataset is None:
-            raise ValueError("the images are not here, only the prototypes: load(…, images=folder)")
-        of = Passed.of(of.network, of.dataset, explainer.start_block, store="auto")
-    q_s = of.map(explainer, "test")
-    kept = [of.map(refit, "test") == q_s for refit in refitted(of, explainer, refits, **options)]
-    return torch.stack(kept).float().mean(0)
-
-
-def refitted(
-    passed: Passed, explainer: EncoderKMeans, refits: int = 5, *, seed: int = 0, **options: Any
-) -> list[EncoderKMeans]:
-    """The explainer fitted again from the seeds after ``seed``, its own; prototypes are numbered as their partners'.
-
-    ``options`` are those of :meth:`Passed.fit_encoder` that the explainer was fitted with: ``restarts``, ``index``.
-    """
-    if refits < 1:
-        raise ValueError(f"refits must be at least 1, got {refits}")
-    count = len(explainer.prototypes) // explainer.classes
-    fits = (
-        passed.fit_encoder(explainer.start_block, explainer.normalisation, count, seed=seed + i, **options)
-        for i in range(1, refits + 1)
-    )
-    return [matched(refit, explainer) for refit in fits]
-
-
-def matched(refit: EncoderKMeans, explainer: EncoderKMeans) -> EncoderKMeans:
-    """The refit with its prototypes in the order of their partners in the explainer.
-
-    Partners are one to one within each class, such that the distances between their centroids sum to the least
-    (Hungarian algorithm).
-    """
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError:
-        raise ImportError("matching refits needs SciPy: pip install 'kmex-utils[sklearn]'") from None
-    theirs, ours = (e.prototypes.vectors.double().unflatten(0, (e.classes, -1)) for e in (refit, explainer))
-    partners = [linear_sum_assignment(distances)[1] for distances in torch.cdist(ours, theirs)]
-    order = torch.cat([torch.from_numpy(of_class) + c * ours.shape[1] for c, of_class in enumerate(partners)])
-    p = refit.prototypes
-    ordered = {field.name: getattr(p, field.name)[order] for field in fields(Prototypes) if field.name != "inertia"}
-    return replace(refit, prototypes=replace(p, **ordered))
 
 
 def agreement(explainer: EncoderKMeans, q_s: torch.Tensor, others: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -174,6 +174,7 @@ class Edits:
         shared = next((edit["shared"] for edit in reversed(of_block) if edit["shared"] is not None), None)
         explained.nearest[b] = nearest if shared is None else replace(nearest, shared=torch.tensor(shared))
         explained._seen.cache_clear()
+        explained._kept.cache_clear()
         if explained.table is not None:
             row = f"{explained.name(b)}, edited"
             explained.table = explained.table.drop(index=row, errors="ignore")

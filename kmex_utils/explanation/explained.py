@@ -28,10 +28,11 @@ from ..method.products import double_device
 from ..method.prototypes import Prototypes
 from ..networks import Network
 from ..store import load_json, load_tensors, replacing, save_json, save_tensors
-from .edits import BATCH, Edits, appearances
+from .edits import BATCH, Edits, appearances, left_of
 from .gallery import relabelled
 from .interpretation import Interpretation, Patch, segment_patch
 from .passed import SPLITS, Passed
+from .refits import Refits, refit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,6 +144,8 @@ class Explained:
         :meth:`fill`.
     edits
         :class:`~kmex_utils.explanation.edits.Edits`: prototypes disabled, merged, renamed.
+    refits
+        :class:`~kmex_utils.explanation.refits.Refits` by start block, once :meth:`certainty` was asked for.
     """
 
     def __init__(self, network: Network, dataset: Dataset | None, settings: dict[str, Any]) -> None:
@@ -158,7 +161,9 @@ class Explained:
         self._made: dict[str, dict[str, Any]] = {}  # settings of each explainer
         self._drawn: dict[tuple[int, int, int], bytes] = {}  # patches as saved, by start block, prototype and rank
         self._seen = lru_cache(KEPT_SEEN)(self._see)
+        self._kept = lru_cache(KEPT_SEEN)(self._keep)
         self.edits = Edits(self)
+        self.refits: dict[int, Refits] = {}
 
     def __repr__(self) -> str:
         names = ", ".join([*(f"KMEx (K/C={k})" for k in self.kmex), *(self.name(b) for b in self.explainers)])
@@ -200,6 +205,7 @@ class Explained:
         if any(edit["start_block"] == b for edit in self.edits.done):
             raise ValueError(f"{self.name(b)} was edited, and another fit has other prototypes: edits.undo() first")
         self.explainers[b], self.maps[b, "train"] = explainer, maps.int()
+        self.refits.pop(b, None)
         self.nearest[b] = Nearest.of(explainer, passed, maps)
         count = len(explainer.prototypes) // len(self.classes)
         how = {"start_block": b, "prototypes_per_class": count, **asdict(explainer.normalisation)}
@@ -232,6 +238,38 @@ class Explained:
         """In how many training images of its class a prototype appears, and how many there are."""
         nearest = self.nearest[start_block]
         return int(nearest.shared[prototype]), int(nearest.images[prototype])
+
+    def fitted_with(self, start_block: int) -> dict[str, Any]:
+        """Seed and restarts of an explainer's k-means."""
+        made = self._made[self.name(start_block)]
+        return {"seed": made.get("seed", 0), "restarts": made.get("restarts", 1)}
+
+    def certainty(self, refits: int = 5, **options: Any) -> "pd.DataFrame":
+        """How sure the prototypes are: k-means again from the next seeds, and whether they come out of it, too.
+
+        From then on panels show in what share of the refits each position keeps its prototype, and the report in how
+        many each prototype exists: its cells in the training images and those of its partner, by centroids within the
+        class, have more than half in common. ``options``: ``device``, ``scratch`` and ``log``, as in :func:`explain`.
+
+        Returns
+        -------
+        DataFrame
+            A row for each explainer and prototype: in how many refits it ``exists``; the ``overlap`` of the cells
+            (Jaccard, mean) with its ``spread`` over refits, and that of independent maps (``chance``).
+        """
+        import pandas as pd
+
+        self.refits = refit(self, refits, **options)
+        self._kept.cache_clear()
+        rows = []
+        for b, of_block in self.refits.items():
+            for k in left_of(self.edits.segment(b)).tolist():
+                name = self.classes[int(self.explainers[b].prototypes.labels[k])]
+                row = {"explainer": self.name(b), "prototype": k, "class": name, "exists": int(of_block.exists[k])}
+                overlap = of_block.overlap[:, k]
+                row |= {"overlap": float(overlap.mean()), "spread": float(overlap.std(correction=int(refits > 1)))}
+                rows.append({**row, "chance": float(of_block.chance[:, k].mean())})
+        return pd.DataFrame(rows)
 
     # all images
 
@@ -347,6 +385,21 @@ class Explained:
         maps = {b: explainer.sim(explainer.h(double)).cpu() for b, explainer in self.explainers.items()}
         return Seen(y.cpu(), x[-1].cpu(), maps, inputs)
 
+    def _keep(self, pixels: bytes, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
+        """By start block in what share of the refits each position of an image keeps its prototype, [H_b, W_b]."""
+        inputs = self.network.input(np.frombuffer(pixels, np.uint8).reshape(1, *shape))
+        with torch.no_grad(), exact():
+            x = [u.to(double_device(u.device)) for u in self.network.eval().activations(inputs)]
+            shares = {}
+            for b, refits in self.refits.items():
+                explainer = self.explainers[b]
+                h, p = explainer.h(x), explainer.prototypes
+                others = (replace(explainer, prototypes=replace(p, vectors=vectors)) for vectors in refits.vectors)
+                kept = [other.sim(h) == explainer.sim(h) for other in others]
+                if kept:
+                    shares[b] = torch.cat(kept).float().mean(0).numpy()
+        return shares
+
     def target(self, target: str | int | None, seen: Seen) -> int:
         """Index of a class of the network, by name or index; empty or None: the one predicted for an image."""
         return int(seen.y.argmax()) if target in ("", None) else self.network.output(target)
@@ -379,7 +432,9 @@ class Explained:
         for b in blocks:
             if b not in self.explainers:
                 raise ValueError(f"start blocks run from {shallowest} to {last}, got {b}")
-        seen = self.seen(self.picture(image))
+        picture = self.picture(image)
+        seen = self.seen(picture)
+        kept = self._kept(picture.pixels.tobytes(), picture.pixels.shape) if self.refits else {}
         att = self.attributions(seen, target, attribution_start)
         parts = []
         for b in blocks:
@@ -390,7 +445,8 @@ class Explained:
             patches = tuple(replace(self.patch(b, k), share=count / q_s.numel()) for k, count in segments)
             predicted = self.classes[int(self.explainers[b].proj(q_s)[0].argmax())]
             attributed = att[b][0].numpy() if att else None
-            parts.append(Interpretation(self.name(b), q_s[0].numpy(), attributed, patches, predicted))
+            part = Interpretation(self.name(b), q_s[0].numpy(), attributed, patches, predicted, kept.get(b))
+            parts.append(part)
         return parts
 
     # to look at, send and read on
@@ -504,6 +560,9 @@ class Explained:
             if small:  # rows of q are near float16's smallest numbers; their largest becomes 1
                 tensors["unit"] = tensors["vectors"].abs().max()
                 tensors["vectors"] = (tensors["vectors"] / tensors["unit"]).half()
+            if b in self.refits:
+                refits = replace(self.refits[b], vectors=self.refits[b].vectors[: 0 if small else None])
+                tensors |= {f"refits_{key}": value for key, value in vars(refits).items()}
             if b is not None:
                 nearest = self.edits.fitted(b)[1]
                 nearest = nearest.first() if small else nearest
@@ -593,6 +652,10 @@ class Explained:
                 return
             self.explainers[b] = EncoderKMeans(prototypes, classes, b, _of(Normalisation, made))
             self.nearest[b] = _of(Nearest, tensors, "nearest_")
+            if "refits_kept" in tensors:
+                self.refits[b] = _of(Refits, tensors, "refits_")
+                if self.refits[b].vectors.shape[1:] != prototypes.vectors.shape:
+                    raise ValueError("its refits are of other prototypes")
             patches = tensors["patches"].split(tensors["patch_sizes"].tolist())
             drawn = zip(self.nearest[b].ranks(), patches, strict=True)
             self._drawn |= {(b, k, rank): patch.numpy().tobytes() for (k, rank), patch in drawn}

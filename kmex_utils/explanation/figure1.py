@@ -19,7 +19,8 @@ def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title:
     one scale.
     """
     limit = max(0.0 if i.attribution is None else float(np.abs(i.attribution).max()) for i in interpretations) or 1.0
-    figure = plt.figure(figsize=(5.2 * len(interpretations), 4.2))
+    wide = max(_columns(i) for i in interpretations) / 3
+    figure = plt.figure(figsize=(5.2 * wide * len(interpretations), 4.2))
     if title:
         figure.suptitle(literal(title))
     panels = figure.subfigures(1, len(interpretations), squeeze=False, wspace=0.04)[0]
@@ -28,9 +29,15 @@ def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title:
     return figure
 
 
+def _columns(part: Interpretation) -> int:
+    """Image, map, attribution; certainty where it is known."""
+    return 3 if part.certainty is None else 4
+
+
 def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation, limit: float) -> None:
-    grid = panel.add_gridspec(3, 15, height_ratios=[3, 1.35, 1.35])
-    top = [panel.add_subplot(grid[0, 5 * i : 5 * i + 5]) for i in range(3)]
+    columns = _columns(part)
+    grid = panel.add_gridspec(3, 5 * columns, height_ratios=[3, 1.35, 1.35])
+    top = [panel.add_subplot(grid[0, 5 * i : 5 * i + 5]) for i in range(columns)]
     extent = (0, image.shape[1], image.shape[0], 0)
     top[0].imshow(image)
     predicted = short(part.predicted)
@@ -43,10 +50,15 @@ def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation, limit: floa
         drawn = top[2].imshow(part.attribution, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
         top[2].set_title("attribution")
         panel.colorbar(drawn, ax=top[2], shrink=0.8, pad=0.03)
+    if part.certainty is not None:
+        drawn = top[3].imshow(part.certainty, cmap="cividis", vmin=0, vmax=1, extent=extent)
+        top[3].set_title(f"same in refits: {100 * part.certainty.mean():.0f} %")
+        panel.colorbar(drawn, ax=top[3], shrink=0.8, pad=0.03)
     for axes in top:
         axes.set_axis_off()
     for i, colour in enumerate(palette(COLOURED)):
-        axes = panel.add_subplot(grid[1 + i // 5, 3 * (i % 5) : 3 * (i % 5) + 3], xticks=[], yticks=[])
+        left = columns * (i % 5)
+        axes = panel.add_subplot(grid[1 + i // 5, left : left + columns], xticks=[], yticks=[])
         if i < len(part.patches):
             _draw_patch(axes, part.patches[i], colour)
         else:

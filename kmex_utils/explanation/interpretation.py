@@ -32,6 +32,7 @@ class Interpretation:
     """One image by one explainer: ``map`` of prototype indices [H', W'], ``attribution`` [H', W'], patches by size.
 
     ``attribution`` is None where eq. 11 does not hold: something lies between average pool and linear head.
+    ``certainty`` [H', W']: the share of refits in which a position keeps its prototype; None where there are none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Interpretation:
     attribution: np.ndarray | None
     patches: tuple[Patch, ...]
     predicted: str
+    certainty: np.ndarray | None = None
 
 
 def segment_patch(image: np.ndarray, segments: np.ndarray, position: int) -> np.ndarray:
