@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..hardware import exact
 from ..method.explainers import EncoderKMeans
 from ..method.operator import CompositeRows
-from ..method.products import double_device
 
 if TYPE_CHECKING:
     from .explained import Explained, Nearest
@@ -181,8 +179,6 @@ class Edits:
             for column, value in (of_block[-1]["accuracy"] if of_block and not as_fitted else {}).items():
                 explained.table.loc[row, column] = value
 
-    @torch.no_grad()
-    @exact()
     def _moved(self, b: int, split: str) -> torch.Tensor:
         """The map of a split; only images with cells of a disabled prototype go through the network."""
         explained, explainer = self._explained, self._explained.explainers[b]
@@ -190,9 +186,8 @@ class Edits:
         assert explained.dataset is not None
         images = (q_s < 0).flatten(1).any(1).nonzero().flatten()
         for index in images.split(BATCH) if len(images) else ():
-            pixels = explained.dataset.split(split).pixels[index.numpy()]
-            x = explained.network.eval().activations(explained.network.input(pixels))
-            q_s[index] = explainer.sim(explainer.h([u.to(double_device(u.device)) for u in x])).cpu()
+            x = explained.activations(explained.dataset.split(split).pixels[index.numpy()])
+            q_s[index] = explainer.sim(explainer.h(x)).cpu()
         return q_s.int()
 
     def _check(self, edit: dict[str, Any]) -> None:

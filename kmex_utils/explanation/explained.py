@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .arrays import Labels
     from .captum import BlockAttribution
     from .explorer import Explorer
+    from .margin import Margin
 
 NEAREST = 5  # patches of each prototype, of as many images: what one row of the explorer holds
 SMALL_PATCH = 96  # pixels of a patch saved small: as the explorer shows it
@@ -387,18 +388,22 @@ class Explained:
 
     def _keep(self, pixels: bytes, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
         """By start block in what share of the refits each position of an image keeps its prototype, [H_b, W_b]."""
-        inputs = self.network.input(np.frombuffer(pixels, np.uint8).reshape(1, *shape))
-        with torch.no_grad(), exact():
-            x = [u.to(double_device(u.device)) for u in self.network.eval().activations(inputs)]
-            shares = {}
-            for b, refits in self.refits.items():
-                explainer = self.explainers[b]
-                h, p = explainer.h(x), explainer.prototypes
-                others = (replace(explainer, prototypes=replace(p, vectors=vectors)) for vectors in refits.vectors)
-                kept = [other.sim(h) == explainer.sim(h) for other in others]
-                if kept:
-                    shares[b] = torch.cat(kept).float().mean(0).numpy()
+        x, shares = self.activations(np.frombuffer(pixels, np.uint8).reshape(1, *shape)), {}
+        for b, refits in self.refits.items():
+            explainer = self.explainers[b]
+            h, p = explainer.h(x), explainer.prototypes
+            others = (replace(explainer, prototypes=replace(p, vectors=vectors)) for vectors in refits.vectors)
+            kept = [other.sim(h) == explainer.sim(h) for other in others]
+            if kept:
+                shares[b] = torch.cat(kept).float().mean(0).cpu().numpy()
         return shares
+
+    @torch.no_grad()
+    @exact()
+    def activations(self, pixels: np.ndarray) -> list[torch.Tensor]:
+        """x(1) … x(B) of images, uint8 [n, 1 or 3, H, W], where k-means runs."""
+        x = self.network.eval().activations(self.network.input(pixels))
+        return [u.to(double_device(u.device)) for u in x]
 
     def target(self, target: str | int | None, seen: Seen) -> int:
         """Index of a class of the network, by name or index; empty or None: the one predicted for an image."""
@@ -481,6 +486,23 @@ class Explained:
         parts = self.interpretations(picture, start_blocks, target, attribution_start=attribution_start)
         predicted = self.network.classes[int(self.seen(picture).y.argmax())]
         return figure1(picture.rgb, parts, title or f"{Path(picture.name).name}: {self.network.name} says {predicted}")
+
+    def margin(self, image: AnyImage, start_block: int = 0, prototype: int = -1, against: str = "") -> "Margin":
+        """Why a segment of an image is of its prototype a and not of b: their margin, by block and channel.
+
+        b is the nearest prototype of the runner-up: of the classes other than a's the one with the highest score of
+        eq. 10, or the class ``against``. The result has a ``table()`` and a ``figure()``.
+
+        Parameters
+        ----------
+        start_block
+            0: the shallowest.
+        prototype
+            The segment's; -1: that of the largest.
+        """
+        from .margin import margin
+
+        return margin(self, image, start_block, prototype, against)
 
     def explorer(self, image: AnyImage = 0, start_block: int = 0) -> "Explorer":
         """An interactive view for the notebook; a still one where widgets cannot run."""
