@@ -28,8 +28,8 @@ from ..method.products import double_device
 from ..method.prototypes import Prototypes
 from ..networks import Network
 from ..store import load_json, load_tensors, replacing, save_json, save_tensors
+from . import gallery
 from .edits import BATCH, Edits, appearances, left_of
-from .gallery import relabelled
 from .interpretation import Interpretation, Patch, segment_patch
 from .passed import SPLITS, Passed
 from .refits import Refits, refit
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .explorer import Explorer
     from .margin import Margin
 
+EXAMPLES = ("typical", "weakest")  # beside the nearest patch, which flatters
 NEAREST = 5  # patches of each prototype, of as many images: what one row of the explorer holds
 SMALL_PATCH = 96  # pixels of a patch saved small: as the explorer shows it
 KEPT_SEEN = 32  # images from outside the data set whose maps stay in memory
@@ -84,13 +85,16 @@ class Nearest:
     """Training images near the prototypes of an explainer.
 
     ``index`` of the image and ``position`` of its nearest row, [K, n] each (-1: the class has no more images);
-    ``shared`` [K]: in how many training images of its class a prototype appears, ``images`` [K]: of how many.
+    ``shared`` [K]: in how many training images of its class a prototype appears, ``images`` [K]: of how many. Ordered
+    by their cell nearest to it, these have a median and a last one: ``examples`` [K, 2, 2], image and position of it
+    (-1: none).
     """
 
     index: torch.Tensor
     position: torch.Tensor
     shared: torch.Tensor
     images: torch.Tensor
+    examples: torch.Tensor
 
     @classmethod
     def of(cls, explainer: EncoderKMeans, passed: Passed, maps: torch.Tensor) -> "Nearest":
@@ -98,7 +102,7 @@ class Nearest:
         p, labels = explainer.prototypes, passed.labels["train"]
         index = torch.full((len(p), NEAREST), -1)
         position, images = index.clone(), torch.zeros(len(p), dtype=torch.int64)
-        shared = appearances(p.labels, labels, maps)
+        shared, examples = appearances(p.labels, labels, maps), torch.full((len(p), len(EXAMPLES), 2), -1)
         for c in p.labels.unique().tolist():
             of_class = (p.labels == c).nonzero().flatten()
             members = (labels == c).nonzero().flatten()
@@ -111,15 +115,35 @@ class Nearest:
             order = distance.topk(n, 1, largest=False).indices
             index[of_class, :n], position[of_class, :n] = members[order], row.gather(1, order)
             images[of_class] = len(members)
-        return cls(index, position, shared, images)
+            cells = maps[members].flatten() == of_class[:, None]
+            distance, row = rows.nearest(p.vectors[of_class], cells)
+            order, have = distance.argsort(1), (distance < torch.inf).sum(1)
+            for e, rank in enumerate(((have - 1) // 2, have - 1)):  # the median and the last
+                which = order.gather(1, rank.clamp_min(0)[:, None])
+                places = torch.cat([members[which], row.gather(1, which)], 1)
+                examples[of_class, e] = torch.where(have[:, None] > 0, places, -1)
+        return cls(index, position, shared, images, examples)
 
     def first(self) -> "Nearest":
         """The nearest one alone."""
-        return replace(self, index=self.index[:, :1], position=self.position[:, :1])
+        return replace(self, index=self.index[:, :1], position=self.position[:, :1], examples=self.examples[:, :0])
 
-    def ranks(self) -> list[list[int]]:
-        """[prototype, rank] of every patch there is."""
-        return (self.index >= 0).nonzero().tolist()
+    def ranks(self) -> list[tuple[int, int | str]]:
+        """(prototype, rank) of every patch there is, ``typical`` and ``weakest`` in place of a rank last."""
+        ranks: list[tuple[int, int | str]] = [(k, rank) for k, rank in (self.index >= 0).nonzero().tolist()]
+        return ranks + [(k, EXAMPLES[e]) for k, e in (self.examples[..., 0] >= 0).nonzero().tolist()]
+
+    def place(self, prototype: int, rank: int | str) -> tuple[int, int]:
+        """Training image and position of a patch."""
+        if isinstance(rank, int):
+            return int(self.index[prototype, rank]), int(self.position[prototype, rank])
+        e = EXAMPLES.index(rank)
+        if e >= self.examples.shape[1] or self.examples[prototype, e, 0] < 0:
+            raise ValueError(
+                f"prototype {prototype} has no {rank} example: no cell in its class's images, or not saved"
+            )
+        image, position = self.examples[prototype, e].tolist()
+        return image, position
 
 
 class Explained:
@@ -160,7 +184,9 @@ class Explained:
         self.h: dict[str, torch.Tensor] = {}
         self.table: pd.DataFrame | None = None
         self._made: dict[str, dict[str, Any]] = {}  # settings of each explainer
-        self._drawn: dict[tuple[int, int, int], bytes] = {}  # patches as saved, by start block, prototype and rank
+        self._drawn: dict[
+            tuple[int, int, int | str], bytes
+        ] = {}  # patches as saved, by start block, prototype and rank
         self._seen = lru_cache(KEPT_SEEN)(self._see)
         self._kept = lru_cache(KEPT_SEEN)(self._keep)
         self.edits = Edits(self)
@@ -213,10 +239,14 @@ class Explained:
         self._made[self.name(b)] = {**how, **settings}
         return self.name(b)
 
-    def patch(self, start_block: int, prototype: int, rank: int = 0) -> Patch:
-        """The training patch nearest to a prototype, or the next ones of other images (``rank`` 1, 2 …)."""
-        nearest, key = self.nearest[start_block], (start_block, prototype, rank)
-        index, position = int(nearest.index[prototype, rank]), int(nearest.position[prototype, rank])
+    def patch(self, start_block: int, prototype: int, rank: int | str = 0) -> Patch:
+        """The training patch nearest to a prototype, or the next ones of other images (``rank`` 1, 2 …).
+
+        ``rank`` ``typical`` and ``weakest``: of the training images of its class in which it has cells, ordered by the
+        nearest of these, the median and the last.
+        """
+        key = (start_block, prototype, rank)
+        index, position = self.nearest[start_block].place(prototype, rank)
         if key in self._drawn:
             with Image.open(io.BytesIO(self._drawn[key])) as image:
                 pixels = np.asarray(image)
@@ -244,6 +274,37 @@ class Explained:
         """Seed and restarts of an explainer's k-means."""
         made = self._made[self.name(start_block)]
         return {"seed": made.get("seed", 0), "restarts": made.get("restarts", 1)}
+
+    def predictions(self, split: str = "") -> "pd.DataFrame":
+        """What network and explainers say of a split's images: by image its ``label``, then a column for each.
+
+        ``split``: ``test``, ``train``, or empty: the held-out images if there are any. Confusions follow from it:
+        ``pandas.crosstab(table.label, table.B234)``.
+        """
+        return gallery.predictions(self, split)
+
+    def by_class(self, start_block: int = 0, split: str = "") -> "pd.DataFrame":
+        """By class the number of images, each model's accuracy in %, and an explainer's confusions.
+
+        ``taken for``, ``taken from``: classes that its images go to, and whose images it gets, with how many; of the
+        explainer from ``start_block`` (0: the shallowest). ``split`` as in :meth:`predictions`.
+        """
+        return gallery.by_class(self, start_block, split)
+
+    def gallery(self, start_block: int = 0, split: str = "") -> "pd.DataFrame":
+        """How the prototypes of an explainer are used in a split's images; arguments as in :meth:`by_class`.
+
+        Returns
+        -------
+        DataFrame
+            By prototype its ``class`` and own ``name``; in how many ``images`` it has a cell, and its share of all
+            ``cells`` in %; in how many images that the explainer gives to its class rightly (``right``) and wrongly
+            (``wrong``); the share of its cells in other classes' images in % (``elsewhere``), and the class that has
+            most of them (``most_with``); the nearest other prototype (``copy_of``) and its distance, in units of the
+            typical (root mean square) distance of a training row of the class from its centroid (``copy_distance``);
+            after :meth:`certainty` in how many refits it ``exists``.
+        """
+        return gallery.gallery(self, start_block, split)
 
     def certainty(self, refits: int = 5, **options: Any) -> "pd.DataFrame":
         """How sure the prototypes are: k-means again from the next seeds, and whether they come out of it, too.
@@ -296,7 +357,7 @@ class Explained:
         """Classes of a split's images as :attr:`classes` counts them, [N]; -1: none of them."""
         assert self.dataset is not None
         if self.predictions_as_labels:
-            return relabelled(self.y[split].argmax(1), torch.tensor(self.settings["stand_in_classes"]))
+            return gallery.relabelled(self.y[split].argmax(1), torch.tensor(self.settings["stand_in_classes"]))
         theirs = torch.tensor([*(self.classes.index(c) if c in self.classes else -1 for c in self.dataset.classes), -1])
         return theirs[self.dataset.split(split).labels]
 
@@ -485,7 +546,10 @@ class Explained:
         picture = self.picture(image)
         parts = self.interpretations(picture, start_blocks, target, attribution_start=attribution_start)
         predicted = self.network.classes[int(self.seen(picture).y.argmax())]
-        return figure1(picture.rgb, parts, title or f"{Path(picture.name).name}: {self.network.name} says {predicted}")
+        title = title or f"{Path(picture.name).name}: {self.network.name} says {predicted}"
+        shown = start_blocks or {self.start_blocks[0], self.start_blocks[-1]}
+        unsure = [refits.line(self.name(b)) for b, refits in self.refits.items() if b in shown and not refits.repeats]
+        return figure1(picture.rgb, parts, "\n".join([title, *unsure]))
 
     def margin(self, image: AnyImage, start_block: int = 0, prototype: int = -1, against: str = "") -> "Margin":
         """Why a segment of an image is of its prototype a and not of b: their margin, by block and channel.
@@ -673,6 +737,7 @@ class Explained:
                 self.kmex[count] = KMEx(prototypes, classes)
                 return
             self.explainers[b] = EncoderKMeans(prototypes, classes, b, _of(Normalisation, made))
+            tensors.setdefault("nearest_examples", torch.empty(len(prototypes), 0, 2, dtype=torch.int64))  # as of old
             self.nearest[b] = _of(Nearest, tensors, "nearest_")
             if "refits_kept" in tensors:
                 self.refits[b] = _of(Refits, tensors, "refits_")

@@ -19,7 +19,7 @@ def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title:
     one scale.
     """
     limit = max(0.0 if i.attribution is None else float(np.abs(i.attribution).max()) for i in interpretations) or 1.0
-    wide = max(_columns(i) for i in interpretations) / 3
+    wide = 1 if all(i.certainty is None for i in interpretations) else 4 / 3
     figure = plt.figure(figsize=(5.2 * wide * len(interpretations), 4.2))
     if title:
         figure.suptitle(literal(title))
@@ -29,15 +29,13 @@ def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title:
     return figure
 
 
-def _columns(part: Interpretation) -> int:
-    """Image, map, attribution; certainty where it is known."""
-    return 3 if part.certainty is None else 4
-
-
 def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation, limit: float) -> None:
-    columns = _columns(part)
-    grid = panel.add_gridspec(3, 5 * columns, height_ratios=[3, 1.35, 1.35])
-    top = [panel.add_subplot(grid[0, 5 * i : 5 * i + 5]) for i in range(columns)]
+    grid = panel.add_gridspec(3, 15, height_ratios=[3, 1.35, 1.35])
+    places = [grid[0, 5 * i : 5 * i + 5] for i in range(3)]
+    if part.certainty is not None:  # 20 columns would leave constrained layout no room
+        wider = grid[0, :].subgridspec(1, 4)
+        places = [wider[0, i] for i in range(4)]
+    top = [panel.add_subplot(place) for place in places]
     extent = (0, image.shape[1], image.shape[0], 0)
     top[0].imshow(image)
     predicted = short(part.predicted)
@@ -51,14 +49,12 @@ def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation, limit: floa
         top[2].set_title("attribution")
         panel.colorbar(drawn, ax=top[2], shrink=0.8, pad=0.03)
     if part.certainty is not None:
-        drawn = top[3].imshow(part.certainty, cmap="cividis", vmin=0, vmax=1, extent=extent)
+        top[3].imshow(part.certainty, cmap="cividis", vmin=0, vmax=1, extent=extent)  # yellow: in all, blue: in none
         top[3].set_title(f"same in refits: {100 * part.certainty.mean():.0f} %")
-        panel.colorbar(drawn, ax=top[3], shrink=0.8, pad=0.03)
     for axes in top:
         axes.set_axis_off()
     for i, colour in enumerate(palette(COLOURED)):
-        left = columns * (i % 5)
-        axes = panel.add_subplot(grid[1 + i // 5, left : left + columns], xticks=[], yticks=[])
+        axes = panel.add_subplot(grid[1 + i // 5, 3 * (i % 5) : 3 * (i % 5) + 3], xticks=[], yticks=[])
         if i < len(part.patches):
             _draw_patch(axes, part.patches[i], colour)
         else:

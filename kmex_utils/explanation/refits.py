@@ -52,14 +52,19 @@ class Refits:
         """In how many refits each prototype exists, [K]."""
         return (self.overlap > EXISTS).sum(0)
 
+    @property
+    def repeats(self) -> bool:
+        """Whether most prototypes exist in most refits."""
+        return bool((2 * self.exists > len(self.overlap)).double().mean() > 0.5)
+
     def line(self, name: str) -> str:
-        """What to say of them: a clustering repeats where most prototypes exist in most refits."""
+        """What to say of them."""
         n, k = self.overlap.shape
         most = int((2 * self.exists > n).sum())
         spread = f" ± {100 * self.kept.std().item():.0f}" if n > 1 else ""
         numbers = f"{most} of {k} prototypes exist in most of {n} refits"
         numbers += f", {100 * self.kept.mean().item():.0f}{spread} % of positions keep theirs"
-        return f"{name}: {numbers}" if 2 * most > k else f"{name}: this clustering does not repeat: {numbers}"
+        return f"{name}: {numbers}" if self.repeats else f"{name}: this clustering does not repeat: {numbers}"
 
 
 def refit(
