@@ -30,7 +30,7 @@ from ..networks import Network
 from ..store import load_json, load_tensors, replacing, save_json, save_tensors
 from . import gallery
 from .edits import BATCH, Edits, appearances, left_of
-from .interpretation import Interpretation, Patch, segment_patch
+from .interpretation import EXAMPLES, Interpretation, Patch, segment_patch
 from .passed import SPLITS, Passed
 from .refits import Refits, refit
 
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from .explorer import Explorer
     from .margin import Margin
 
-EXAMPLES = ("typical", "weakest")  # beside the nearest patch, which flatters
 NEAREST = 5  # patches of each prototype, of as many images: what one row of the explorer holds
 SMALL_PATCH = 96  # pixels of a patch saved small: as the explorer shows it
 KEPT_SEEN = 32  # images from outside the data set whose maps stay in memory

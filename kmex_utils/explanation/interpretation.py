@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+EXAMPLES = ("typical", "weakest")  # of a prototype, beside the nearest patch, which flatters
+
 
 @dataclass(frozen=True)
 class Patch:
