@@ -15,6 +15,7 @@ FIGURES = config.get("figures", "figures")
 DATASETS = config["datasets"]
 SEEDS = config["seeds"]
 REPORT = config.get("report", "report")  # folder of notebook 15's page beside the figures
+STUDIES = config.get("studies", [])  # folders beside the figures whose fidelity and section 5 the report carries too
 CONFIG = str(workflow.configfiles[-1])
 
 RUN = f"{RUNS}/{{dataset}}/seed-{{seed}}"  # one training
@@ -470,12 +471,13 @@ rule depth:
 rule report:
     """15: paper and ours over all data sets; asked for by `extras`."""
     input:
-        expand(f"{TABLES}/{{product}}", dataset=DATASETS, product=["table1.csv", "table2.csv", "figure1.png", "figure2.png", "ledger.csv", "depth.csv"]),
+        expand(f"{TABLES}/{{product}}", dataset=DATASETS, product=["table1.csv", "table2.csv", "figure1.png", "figure2.png", "ledger.csv", "depth.csv", "concepts.csv"]),
+        expand(f"{TABLES}/fidelity.csv", dataset=WITH_PARTS),
         code=code("15_report"),
     output:
         f"{FIGURES}/{REPORT}/report.md",
     params:
-        given=shlex.quote(json.dumps({"datasets": list(DATASETS), "config": CONFIG, "name": REPORT, "runs": RUNS, "figures_folder": FIGURES})),
+        given=shlex.quote(json.dumps({"datasets": list(DATASETS), "config": CONFIG, "name": REPORT, "studies": STUDIES, "runs": RUNS, "figures_folder": FIGURES})),
     log:
         f"{RUNS}/{REPORT}/notebooks/15_report.ipynb",
     shell:
