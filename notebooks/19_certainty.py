@@ -82,7 +82,7 @@ def images_of(run):
 # %%
 import torch
 
-from kmex_utils.evaluation.certainty import agreement, refitted
+from kmex_utils.evaluation.certainty import agreement, by_chance, refitted
 
 
 def fitted(passed, b, scale, k, seed, **options):
@@ -93,21 +93,6 @@ def fitted(passed, b, scale, k, seed, **options):
 
 
 # %% [markdown]
-# Shuffled: positions in place of places, images in place of images.
-
-# %%
-from kmex_utils.evaluation.fidelity import shuffled
-
-
-def null_of(explainer, q_s, others, seed):
-    """What is left of each measure."""
-    other_images = others[:, torch.randperm(len(q_s), generator=torch.Generator().manual_seed(seed))]
-    swapped = agreement(explainer, q_s, other_images)
-    measures = agreement(explainer, q_s, shuffled(others, seed))
-    return measures | {name: swapped[name] for name in ("prediction", "prediction_always")}
-
-
-# %% [markdown]
 # Each measure with its spread over refits and over images, and both controls.
 
 
@@ -115,7 +100,7 @@ def null_of(explainer, q_s, others, seed):
 def records_of(passed, b, scale, k, seed):
     """A record for each measure, and the maps."""
     explainer, q_s, others = fitted(passed, b, scale, k, seed, restarts=restarts)
-    null = null_of(explainer, q_s, others, seed)
+    null = by_chance(explainer, q_s, others, seed)
     random_rows = agreement(*fitted(passed, b, scale, k, seed, start="random", restarts=1, max_iterations=0))
     records = []
     for measure, values in agreement(explainer, q_s, others).items():
