@@ -451,10 +451,9 @@ class Explained:
         x, shares = self.activations(np.frombuffer(pixels, np.uint8).reshape(1, *shape)), {}
         for b, refits in self.refits.items():
             explainer = self.explainers[b]
-            h, p = explainer.h(x), explainer.prototypes
-            others = (replace(explainer, prototypes=replace(p, vectors=vectors)) for vectors in refits.vectors)
-            kept = [other.sim(h) == explainer.sim(h) for other in others]
-            if kept:
+            h = explainer.h(x)
+            q_s = explainer.sim(h)
+            if kept := [refit.sim(h) == q_s for refit in refits.explainers(explainer)]:
                 shares[b] = torch.cat(kept).float().mean(0).cpu().numpy()
         return shares
 

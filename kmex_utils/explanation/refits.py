@@ -47,6 +47,11 @@ class Refits:
         overlap, chance = (shared / (ours + theirs - shared).clamp_min(1) for shared in (both, by_chance))
         return cls(vectors, overlap, chance, (maps == q_s).double().mean((1, 2, 3)))
 
+    def explainers(self, explainer: EncoderKMeans) -> list[EncoderKMeans]:
+        """The refits, with the edits of the explainer; none where their vectors were not kept."""
+        p = explainer.prototypes
+        return [replace(explainer, prototypes=replace(p, vectors=vectors)) for vectors in self.vectors]
+
     @property
     def exists(self) -> torch.Tensor:
         """In how many refits each prototype exists, [K]."""
@@ -120,7 +125,7 @@ def matched(refit: EncoderKMeans, explainer: EncoderKMeans) -> EncoderKMeans:
     """The refit with its prototypes in the order of their partners in the explainer.
 
     Partners are one to one within each class, such that the distances between their centroids sum to the least
-    (Hungarian algorithm).
+    (Hungarian algorithm). Edits of the explainer are the refit's, too.
     """
     try:
         from scipy.optimize import linear_sum_assignment
@@ -131,4 +136,4 @@ def matched(refit: EncoderKMeans, explainer: EncoderKMeans) -> EncoderKMeans:
     order = torch.cat([torch.from_numpy(of_class) + c * ours.shape[1] for c, of_class in enumerate(partners)])
     p = refit.prototypes
     ordered = {field.name: getattr(p, field.name)[order] for field in fields(Prototypes) if field.name != "inertia"}
-    return replace(refit, prototypes=replace(p, **ordered))
+    return replace(explainer, prototypes=replace(p, **ordered))
