@@ -7,10 +7,10 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from kmex_utils.evaluation.certainty import adjusted_rand, agreement, certainty, matched, refitted
+from kmex_utils.evaluation.certainty import adjusted_rand, agreement
 from kmex_utils.evaluation.fidelity import shuffled
-from kmex_utils.explanation.explained import Explained
 from kmex_utils.explanation.passed import Passed
+from kmex_utils.explanation.refits import matched, refitted
 from kmex_utils.method.composite import Normalisation, composite
 
 HOW = {"restarts": 1, "seed": 5}
@@ -95,7 +95,8 @@ def test_shares_are_counted_position_by_position(passed, explainer, digits):
         others.append(nearest.indices[..., 0].view_as(clear))
         clear &= (nearest.values[..., 1] / nearest.values[..., 0] > 1.0001).view_as(clear)  # else rounding decides
     q_s = passed.map(explainer, "test")
-    share, naive = certainty(passed, explainer, 2, **HOW), torch.zeros(q_s.shape)
+    kept = [passed.map(refit, "test") == q_s for refit in refitted(passed, explainer, 2, **HOW)]
+    share, naive = torch.stack(kept).float().mean(0), torch.zeros(q_s.shape)
     for n, h, w in torch.cartesian_prod(*map(torch.arange, q_s.shape)).tolist():
         naive[n, h, w] = sum(int(other[n, h, w] == q_s[n, h, w]) for other in others) / 2
     torch.testing.assert_close(share[clear], naive[clear])
@@ -140,10 +141,6 @@ def test_shuffling_keeps_each_map_s_counts(generator):
     assert not torch.equal(mixed, shuffled(maps, 4))
 
 
-def test_an_explanation_passes_its_own_images(network, digits, passed, explainer):
-    explained = Explained(network, digits, {"dataset": "digits"})
-    assert torch.equal(certainty(explained, explainer, 2, **HOW), certainty(passed, explainer, 2, **HOW))
-    with pytest.raises(ValueError, match="the images are not here"):
-        certainty(Explained(network, None, {"dataset": "digits"}), explainer)
+def test_no_refits_are_refused(passed, explainer):
     with pytest.raises(ValueError, match="refits must be at least 1"):
         refitted(passed, explainer, 0)

@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 import kmex_utils as kmex
-from kmex_utils import cli, data, drawing
+from kmex_utils import cli, data, drawing, networks
 from kmex_utils.explanation import fit, passed
 from kmex_utils.explanation.explained import Explained
 from kmex_utils.explanation.interpretation import segment_patch
@@ -506,6 +506,50 @@ def test_damaged_parts_are_one_line(explained, resnet, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             kmex.load(tmp_path, module=resnet.module)
         assert "B4.safetensors" in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def by_name(photos, tmp_path_factory):
+    """A network from a file with a head of its own, explained, and the file."""
+    file = tmp_path_factory.mktemp("weights") / "resnet18.pt"
+    torch.save(kmex.network("resnet18", "random", image_size=SIZE, seed=3).module.state_dict(), file)
+    network = kmex.network("resnet18", file, image_size=SIZE)
+    network.module.fc = nn.Linear(512, 2)  # a probe, which the file does not have
+    network = networks.Network(
+        network.module, input=network.input, classes=["flower", "temple"], name="resnet18", reference=network.reference
+    )
+    return kmex.explain(network, photos, log=str, **OPTIONS), file
+
+
+def test_saved_small_it_needs_the_encoders_file(by_name, new_image, tmp_path):
+    """The head is kept to the last bit, patches and prototypes nearly; another encoder is refused."""
+    explained, file = by_name
+    explained.save(tmp_path)
+    explained.save(tmp_path, small=True)
+    assert not (tmp_path / "weights.safetensors").exists()
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 400_000
+    with pytest.raises(ValueError, match="holds no weights but the head's: give weights=, the file resnet18 was made"):
+        kmex.load(tmp_path)
+    again = kmex.load(tmp_path, weights=file)
+    assert again.network.fingerprint == explained.network.fingerprint
+    assert torch.equal(again.network.c, explained.network.c)
+    assert kmex.network(tmp_path, torch.load(file)).fingerprint == explained.network.fingerprint
+    for b in (4, 3, 2):
+        ours, theirs = (e.explainers[b].prototypes.vectors for e in (again, explained))
+        torch.testing.assert_close(ours, theirs, rtol=2**-11, atol=2**-24 * float(theirs.abs().max()))
+        maps = [e.interpretations(new_image, [b])[0].map for e in (again, explained)]
+        assert (maps[0] == maps[1]).mean() > 0.99
+        patch, whole = (e.patch(b, 1) for e in (again, explained))
+        assert max(patch.pixels.shape) <= 96 and patch.index == whole.index
+        assert np.abs(patch.pixels.mean((0, 1)) - whole.pixels.mean((0, 1))).max() < 4
+        assert len(again.patches(b, 0)) == 1
+    other = kmex.network("resnet18", "random", image_size=SIZE, seed=4).module.state_dict()
+    with pytest.raises(ValueError, match="weights of resnet18 are not those that"):
+        kmex.load(tmp_path, weights=other)
+    explained.save(tmp_path)
+    assert not (tmp_path / "head.safetensors").exists() and len(kmex.load(tmp_path).patches(4, 0)) == 5
+    with pytest.raises(ValueError, match="weights= goes with what was saved without them"):
+        kmex.load(tmp_path, weights=file)
 
 
 def test_images_for_another_network_are_refused(explained, resnet, photos, tmp_path):

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 import kmex_utils as kmex
 from kmex_utils import paths
+from kmex_utils.explanation.passed import Passed
+from kmex_utils.explanation.refits import refitted
 from kmex_utils.networks.catalogue import weights_file
 
 pytest_plugins = ("tests.fixtures_explained",)
@@ -145,8 +147,19 @@ def test_scikit_image(run):
 def test_how_faithful_and_how_sure(run):
     names = run("How faithful, and how sure")
     methods = ["B4", "B34", "B234", "CAM", "centre", "edges", "random pixels"]
-    assert names["table"].method.drop_duplicates().tolist() == methods
-    road = names["table"].query("measure == 'ROAD'").set_index("method")
+    assert names["faithful"].method.drop_duplicates().tolist() == methods
+    road = names["faithful"].query("measure == 'ROAD'").set_index("method")
     assert road.value.between(0, 1).all() and road.value["random pixels"] == road.null["random pixels"]
-    held_out = names["explained"].dataset.test
-    assert names["kept"].shape == (len(held_out), 7, 7) and set(names["kept"].unique().tolist()) <= {0, 0.5, 1}
+    kept = names["sure"].query("measure == 'prototype'").set_index("explainer")
+    explained = names["explained"]
+    passed, last = Passed.of(explained.network, explained.dataset, 4), explained.explainers[4]
+    same = [passed.map(r, "test") == passed.map(last, "test") for r in refitted(passed, last, 2, restarts=3)]
+    assert kept.value["B4"] == pytest.approx(torch.stack(same).double().mean().item(), abs=1e-6)
+
+
+def test_a_changed_explanation_is_sent_small(run, place):
+    names = run("Change it, and send it small")
+    explained, again = names["explained"], names["again"]
+    assert "B4, edited" in explained.table.index and repr(again.edits) == repr(explained.edits)
+    assert len(explained.edits.done) == 2 and again.edits.names(4) == {0: "beak"}
+    assert not (place / "to-send" / "weights.safetensors").exists()

@@ -114,8 +114,8 @@ def test_where_there_are_no_widgets_a_still_view_says_what_to_install(explained,
 def test_report_is_one_file_within_its_bound(explained, tmp_path):
     path = explained.report(tmp_path / "r.html", [0, explained.names[1]])
     page = path.read_text()
-    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", page) and "url(" not in page and "@import" not in page
-    assert page.count("<img") == 4 + 3 * 6, "two panels from two blocks, a patch of each prototype"
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:|#)""", page) and "url(" not in page and "@import" not in page
+    assert page.count("<img") == 4 + 3 * 3 * 6, "two panels from two blocks, three patches of each prototype"
     assert 'name="viewport"' in page and "max-width" in page
     for cell in ("CNN", "KMEx (K/C=3)", "B234", "flower", "temple", explained.names[1], "held_out"):
         assert cell in page
@@ -152,11 +152,62 @@ def test_what_does_not_fit_is_left_out_and_said(explained, tmp_path):
 
 
 def test_the_report_needs_no_photos(loaded, explained, tmp_path):
-    loaded.report(tmp_path / "loaded.html")
-    explained.report(tmp_path / "made.html")
-    pages = [(tmp_path / name).read_text().splitlines() for name in ("loaded.html", "made.html")]
-    differ = [lines for lines in zip(*pages, strict=True) if lines[0] != lines[1]]
-    assert [made for _, made in differ] == ["2 classes, with 6 images held out.</p>"]
+    """Without them the same patches; what is counted in images is left out."""
+    pages = [e.report(tmp_path / f"{i}.html").read_text() for i, e in enumerate((loaded, explained))]
+    patches = [re.findall(r'src="(.*?)"', page) for page in pages]
+    assert patches[0] == patches[1] and len(patches[0]) == 3 * 3 * 6
+    assert "images held out" in pages[1] and "images held out" not in pages[0]
+    assert "taken for" in pages[1] and "taken for" not in pages[0]
+
+
+def test_the_reports_index_leads_to_classes_and_their_mistakes(explained, tmp_path):
+    page = explained.report(tmp_path / "r.html").read_text()
+    said, table = explained.predictions(), explained.by_class()
+    for i, (name, row) in enumerate(table.iterrows(), 1):
+        (line,) = re.findall(rf'<tr><td><a href="#c{i}">{name}</a></td>\n(.*)<td class="words">(.*?)</td>', page)
+        numbers = [f"{value:.0f}" for value in row[["images", "network", "B4", "B34", "B234"]]]
+        assert re.findall("<td>(.*?)</td>", line[0]) == numbers and line[1] == row["taken for"]
+        (part,) = re.findall(rf'<details id="c{i}".*?</details>', page, re.DOTALL)
+        for model in ("network", "B4", "B34", "B234"):
+            wrong = said[(said.label == name) & (said[model] != name)]
+            listed = ", ".join(f"{image} ({other})" for image, other in wrong[model].items())
+            expected = [f"{len(wrong)} wrong: {listed}"] if len(wrong) else []
+            assert re.findall(rf'<p class="wrong">{model} gets (.*?)</p>', part) == expected
+
+
+def test_the_reports_prototypes_say_how_they_are_used(explained, tmp_path, monkeypatch):
+    from kmex_utils.explanation import report
+
+    monkeypatch.setattr(report, "SHARED", 20.0)
+    explained.edits.rename(2, 4, "<dome>").disable(2, 3)
+    try:
+        page = explained.report(tmp_path / "r.html").read_text()
+        table = explained.gallery(2)
+    finally:
+        explained.edits.undo().undo()
+    (block,) = re.findall(r"<h3>B234</h3>(.*?)</details>", page.split('<details id="c2"')[1], re.DOTALL)
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", block)
+    assert sorted(caption[0] for caption in captions) == ["4", "5"]
+    for caption in captions:
+        k = int(caption[0])
+        use = table.loc[k]
+        assert caption.startswith(f"{k}{' “&lt;dome&gt;”' if k == 4 else ''}: in ")
+        assert f"; right {use.right}, wrong {use.wrong}" in caption
+        assert ("near-copy of" in caption) == (use.copy_distance < 0.5)
+        assert (f"shared: {use.elsewhere:.0f} % elsewhere, most in flower" in caption) == (use.elsewhere > 20)
+
+
+def test_a_report_of_refits_says_whether_prototypes_exist(explained, tmp_path):
+    explained.certainty(2, device="cpu", log=str)
+    try:
+        page = explained.report(tmp_path / "r.html").read_text()
+        for b, refits in explained.refits.items():
+            assert f"<li>{refits.line(explained.name(b))}</li>" in page
+            for k in range(6):
+                assert f"exists in {refits.exists[k]} of 2 refits" in page
+        assert page.count(" of 2 refits</figcaption>") == 18
+    finally:
+        explained.refits.clear()
 
 
 def test_a_name_from_the_folder_cannot_be_markup(explained, tmp_path):

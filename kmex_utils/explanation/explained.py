@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from tqdm.auto import tqdm
 
 from .. import data, networks, paths
 from ..data import Dataset, reading
@@ -22,13 +23,17 @@ from ..hardware import exact
 from ..method.attribution import attribution, carried, chance, contributions
 from ..method.composite import Normalisation
 from ..method.explainers import EncoderKMeans, KMEx, block_name
+from ..method.measures import accuracy
 from ..method.products import double_device
 from ..method.prototypes import Prototypes
 from ..networks import Network
 from ..networks.network import Target
 from ..store import load_json, load_tensors, replacing, save_json, save_tensors
-from .interpretation import Interpretation, Patch, segment_patch
-from .passed import Passed
+from . import gallery
+from .edits import BATCH, Edits, appearances, left_of
+from .interpretation import EXAMPLES, Interpretation, Patch, segment_patch
+from .passed import SPLITS, Passed
+from .refits import Refits, refit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,8 +42,10 @@ if TYPE_CHECKING:
     from .arrays import Labels
     from .captum import BlockAttribution
     from .explorer import Explorer
+    from .margin import Margin
 
 NEAREST = 5  # patches of each prototype, of as many images: what one row of the explorer holds
+SMALL_PATCH = 96  # pixels of a patch saved small: as the explorer shows it
 KEPT_SEEN = 32  # images from outside the data set whose maps stay in memory
 T = TypeVar("T")
 
@@ -93,13 +100,16 @@ class Nearest:
     """Training images near the prototypes of an explainer.
 
     ``index`` of the image and ``position`` of its nearest row, [K, n] each (-1: the class has no more images);
-    ``shared`` [K]: in how many training images of its class a prototype appears, ``images`` [K]: of how many.
+    ``shared`` [K]: in how many training images of its class a prototype appears, ``images`` [K]: of how many. Ordered
+    by their cell nearest to it, these have a median and a last one: ``examples`` [K, 2, 2], image and position of it
+    (-1: none).
     """
 
     index: torch.Tensor
     position: torch.Tensor
     shared: torch.Tensor
     images: torch.Tensor
+    examples: torch.Tensor
 
     @classmethod
     def of(cls, explainer: EncoderKMeans, passed: Passed, maps: torch.Tensor) -> "Nearest":
@@ -107,7 +117,7 @@ class Nearest:
         p, labels = explainer.prototypes, passed.labels["train"]
         index = torch.full((len(p), NEAREST), -1)
         position, images = index.clone(), torch.zeros(len(p), dtype=torch.int64)
-        shared = images.clone()
+        shared, examples = appearances(p.labels, labels, maps), torch.full((len(p), len(EXAMPLES), 2), -1)
         for c in p.labels.unique().tolist():
             of_class = (p.labels == c).nonzero().flatten()
             members = (labels == c).nonzero().flatten()
@@ -119,14 +129,36 @@ class Nearest:
             n = min(NEAREST, len(members))
             order = distance.topk(n, 1, largest=False).indices
             index[of_class, :n], position[of_class, :n] = members[order], row.gather(1, order)
-            q_s = maps[members].flatten(1)
-            shared[of_class] = torch.stack([(q_s == k).any(1).sum() for k in of_class])
             images[of_class] = len(members)
-        return cls(index, position, shared, images)
+            cells = maps[members].flatten() == of_class[:, None]
+            distance, row = rows.nearest(p.vectors[of_class], cells)
+            order, have = distance.argsort(1), (distance < torch.inf).sum(1)
+            for e, rank in enumerate(((have - 1) // 2, have - 1)):  # the median and the last
+                which = order.gather(1, rank.clamp_min(0)[:, None])
+                places = torch.cat([members[which], row.gather(1, which)], 1)
+                examples[of_class, e] = torch.where(have[:, None] > 0, places, -1)
+        return cls(index, position, shared, images, examples)
 
-    def ranks(self) -> list[list[int]]:
-        """[prototype, rank] of every patch there is."""
-        return (self.index >= 0).nonzero().tolist()
+    def first(self) -> "Nearest":
+        """The nearest one alone."""
+        return replace(self, index=self.index[:, :1], position=self.position[:, :1], examples=self.examples[:, :0])
+
+    def ranks(self) -> list[tuple[int, int | str]]:
+        """(prototype, rank) of every patch there is, ``typical`` and ``weakest`` in place of a rank last."""
+        ranks: list[tuple[int, int | str]] = [(k, rank) for k, rank in (self.index >= 0).nonzero().tolist()]
+        return ranks + [(k, EXAMPLES[e]) for k, e in (self.examples[..., 0] >= 0).nonzero().tolist()]
+
+    def place(self, prototype: int, rank: int | str) -> tuple[int, int]:
+        """Training image and position of a patch."""
+        if isinstance(rank, int):
+            return int(self.index[prototype, rank]), int(self.position[prototype, rank])
+        e = EXAMPLES.index(rank)
+        if e >= self.examples.shape[1] or self.examples[prototype, e, 0] < 0:
+            raise ValueError(
+                f"prototype {prototype} has no {rank} example: no cell in its class's images, or not saved"
+            )
+        image, position = self.examples[prototype, e].tolist()
+        return image, position
 
 
 class Explained:
@@ -148,7 +180,12 @@ class Explained:
         Cosines (Table 1) and accuracy (Table 2) by model, or None.
     maps, y, h
         By (start block, split) q_s of every image, int32 [N, H_b, W_b]; by split the network's scores [N, C] and, where
-        they fit, the encoder's outputs. Filled by :func:`~kmex_utils.explanation.fit.explain` alone.
+        they fit, the encoder's outputs. Filled by :func:`~kmex_utils.explanation.fit.explain`, maps and y also by
+        :meth:`fill`.
+    edits
+        :class:`~kmex_utils.explanation.edits.Edits`: prototypes disabled, merged, renamed.
+    refits
+        :class:`~kmex_utils.explanation.refits.Refits` by start block, once :meth:`certainty` was asked for.
     """
 
     def __init__(self, network: Network, dataset: Dataset | None, settings: dict[str, Any]) -> None:
@@ -162,8 +199,13 @@ class Explained:
         self.h: dict[str, torch.Tensor] = {}
         self.table: pd.DataFrame | None = None
         self._made: dict[str, dict[str, Any]] = {}  # settings of each explainer
-        self._drawn: dict[tuple[int, int, int], bytes] = {}  # patches as saved, by start block, prototype and rank
+        self._drawn: dict[
+            tuple[int, int, int | str], bytes
+        ] = {}  # patches as saved, by start block, prototype and rank
         self._seen = lru_cache(KEPT_SEEN)(self._see)
+        self._kept = lru_cache(KEPT_SEEN)(self._keep)
+        self.edits = Edits(self)
+        self.refits: dict[int, Refits] = {}
 
     def __repr__(self) -> str:
         names = ", ".join([*(f"KMEx (K/C={k})" for k in self.kmex), *(self.name(b) for b in self.explainers)])
@@ -202,36 +244,148 @@ class Explained:
         ``maps`` are q_s of the training images, [N, H', W']; ``settings`` say how it was fitted.
         """
         b = explainer.start_block
+        if any(edit["start_block"] == b for edit in self.edits.done):
+            raise ValueError(f"{self.name(b)} was edited, and another fit has other prototypes: edits.undo() first")
         self.explainers[b], self.maps[b, "train"] = explainer, maps.int()
+        self.refits.pop(b, None)
         self.nearest[b] = Nearest.of(explainer, passed, maps)
         count = len(explainer.prototypes) // len(self.classes)
         how = {"start_block": b, "prototypes_per_class": count, **asdict(explainer.normalisation)}
         self._made[self.name(b)] = {**how, **settings}
         return self.name(b)
 
-    def patch(self, start_block: int, prototype: int, rank: int = 0) -> Patch:
-        """The training patch nearest to a prototype, or the next ones of other images (``rank`` 1, 2 …)."""
-        nearest, key = self.nearest[start_block], (start_block, prototype, rank)
-        index, position = int(nearest.index[prototype, rank]), int(nearest.position[prototype, rank])
+    def patch(self, start_block: int, prototype: int, rank: int | str = 0) -> Patch:
+        """The training patch nearest to a prototype, or the next ones of other images (``rank`` 1, 2 …).
+
+        ``rank`` ``typical`` and ``weakest``: of the training images of its class in which it has cells, ordered by the
+        nearest of these, the median and the last.
+        """
+        key = (start_block, prototype, rank)
+        index, position = self.nearest[start_block].place(prototype, rank)
         if key in self._drawn:
             with Image.open(io.BytesIO(self._drawn[key])) as image:
                 pixels = np.asarray(image)
         else:
-            assert self.dataset is not None
-            segments = self.maps[start_block, "train"][index].numpy()
+            maps = self.edits.fitted(start_block)[2]
+            assert self.dataset is not None and maps is not None
+            segments = maps[index].numpy()
             pixels = segment_patch(self.dataset.train.rgb(index), segments, position)
         name = self.classes[int(self.explainers[start_block].prototypes.labels[prototype])]
-        return Patch(prototype, name, 0.0, pixels, index)
+        return Patch(prototype, name, 0.0, pixels, index, name=self.edits.names(start_block).get(prototype, ""))
 
     def patches(self, start_block: int, prototype: int) -> list[Patch]:
-        """The nearest training patches of a prototype, each of another image."""
-        count = int((self.nearest[start_block].index[prototype] >= 0).sum())
-        return [self.patch(start_block, prototype, rank) for rank in range(count)]
+        """The nearest training patches of a prototype, each of another image; of all that are merged with it."""
+        members = (self.edits.segment(start_block) == prototype).nonzero().flatten().tolist()
+        index = self.nearest[start_block].index
+        ranks = [(rank, k) for rank in range(index.shape[1]) for k in members if index[k, rank] >= 0]
+        return [self.patch(start_block, k, rank) for rank, k in ranks]
 
     def sharing(self, start_block: int, prototype: int) -> tuple[int, int]:
         """In how many training images of its class a prototype appears, and how many there are."""
         nearest = self.nearest[start_block]
         return int(nearest.shared[prototype]), int(nearest.images[prototype])
+
+    def fitted_with(self, start_block: int) -> dict[str, Any]:
+        """Seed and restarts of an explainer's k-means."""
+        made = self._made[self.name(start_block)]
+        return {"seed": made.get("seed", 0), "restarts": made.get("restarts", 1)}
+
+    def predictions(self, split: str = "") -> "pd.DataFrame":
+        """What network and explainers say of a split's images: by image its ``label``, then a column for each.
+
+        ``split``: ``test``, ``train``, or empty: the held-out images if there are any. Confusions follow from it:
+        ``pandas.crosstab(table.label, table.B234)``.
+        """
+        return gallery.predictions(self, split)
+
+    def by_class(self, start_block: int = 0, split: str = "") -> "pd.DataFrame":
+        """By class the number of images, each model's accuracy in %, and an explainer's confusions.
+
+        ``taken for``, ``taken from``: classes that its images go to, and whose images it gets, with how many; of the
+        explainer from ``start_block`` (0: the shallowest). ``split`` as in :meth:`predictions`.
+        """
+        return gallery.by_class(self, start_block, split)
+
+    def gallery(self, start_block: int = 0, split: str = "") -> "pd.DataFrame":
+        """How the prototypes of an explainer are used in a split's images; arguments as in :meth:`by_class`.
+
+        Returns
+        -------
+        DataFrame
+            By prototype its ``class`` and own ``name``; in how many ``images`` it has a cell, and its share of all
+            ``cells`` in %; in how many images that the explainer gives to its class rightly (``right``) and wrongly
+            (``wrong``); the share of its cells in other classes' images in % (``elsewhere``), and the class that has
+            most of them (``most_with``); the nearest other prototype (``copy_of``) and its distance, in units of the
+            typical (root mean square) distance of a training row of the class from its centroid (``copy_distance``);
+            after :meth:`certainty` in how many refits it ``exists``.
+        """
+        return gallery.gallery(self, start_block, split)
+
+    def certainty(self, refits: int = 5, **options: Any) -> "pd.DataFrame":
+        """How sure the prototypes are: k-means again from the next seeds, and whether they come out of it, too.
+
+        From then on panels show in what share of the refits each position keeps its prototype, and the report in how
+        many each prototype exists: its cells in the training images and those of its partner, by centroids within the
+        class, have more than half in common. ``options``: ``device``, ``scratch`` and ``log``, as in :func:`explain`.
+
+        Returns
+        -------
+        DataFrame
+            A row for each explainer and prototype: in how many refits it ``exists``; the ``overlap`` of the cells
+            (Jaccard, mean) with its ``spread`` over refits, and that of independent maps (``chance``).
+        """
+        import pandas as pd
+
+        self.refits = refit(self, refits, **options)
+        self._kept.cache_clear()
+        rows = []
+        for b, of_block in self.refits.items():
+            for k in left_of(self.edits.segment(b)).tolist():
+                name = self.classes[int(self.explainers[b].prototypes.labels[k])]
+                row = {"explainer": self.name(b), "prototype": k, "class": name, "exists": int(of_block.exists[k])}
+                overlap = of_block.overlap[:, k]
+                row |= {"overlap": float(overlap.mean()), "spread": float(overlap.std(correction=int(refits > 1)))}
+                rows.append({**row, "chance": float(of_block.chance[:, k].mean())})
+        return pd.DataFrame(rows)
+
+    # all images
+
+    def fill(self) -> None:
+        """Maps and scores of the data set's images, where they are not known yet: one pass through the network."""
+        for split in SPLITS if self.dataset else ():
+            assert self.dataset is not None
+            images = self.dataset.split(split)
+            missing = [b for b in self.explainers if (b, split) not in self.maps]
+            if not len(images) or (not missing and split in self.y):
+                continue
+            y: list[torch.Tensor] = []
+            maps: dict[int, list[torch.Tensor]] = {b: [] for b in missing}
+            for i in tqdm(range(0, len(images), BATCH), f"maps of {split}", leave=False, delay=1):
+                seen = self.see(images.pixels[i : i + BATCH])
+                y.append(seen.y)
+                for b in missing:
+                    maps[b].append(seen.maps[b].int())
+            self.y[split] = torch.cat(y)
+            self.maps |= {(b, split): torch.cat(parts) for b, parts in maps.items()}
+
+    def labels_of(self, split: str) -> torch.Tensor:
+        """Classes of a split's images as :attr:`classes` counts them, [N]; -1: none of them."""
+        assert self.dataset is not None
+        if self.predictions_as_labels:
+            return gallery.relabelled(self.y[split].argmax(1), torch.tensor(self.settings["stand_in_classes"]))
+        theirs = torch.tensor([*(self.classes.index(c) if c in self.classes else -1 for c in self.dataset.classes), -1])
+        return theirs[self.dataset.split(split).labels]
+
+    def accuracies(self, start_block: int) -> dict[str, float]:
+        """Accuracy of an explainer in %, by the table's columns; the images' maps must be known."""
+        found = {}
+        for split, name in SPLITS.items():
+            if (start_block, split) in self.maps and len(self.maps[start_block, split]):
+                labels = self.labels_of(split)
+                y = self.explainers[start_block].proj(self.maps[start_block, split].long())
+                right = accuracy(y.argmax(1)[labels >= 0], labels[labels >= 0])
+                found[f"{'agreement' if self.predictions_as_labels else 'accuracy'}, {name} (%)"] = right
+        return found
 
     # one image
 
@@ -308,6 +462,24 @@ class Explained:
         maps = {b: explainer.sim(explainer.h(double)).cpu() for b, explainer in self.explainers.items()}
         return Seen(y.cpu(), x[-1].cpu(), maps, inputs)
 
+    def _keep(self, pixels: bytes, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
+        """By start block in what share of the refits each position of an image keeps its prototype, [H_b, W_b]."""
+        x, shares = self.activations(np.frombuffer(pixels, np.uint8).reshape(1, *shape)), {}
+        for b, refits in self.refits.items():
+            explainer = self.explainers[b]
+            h = explainer.h(x)
+            q_s = explainer.sim(h)
+            if kept := [refit.sim(h) == q_s for refit in refits.explainers(explainer)]:
+                shares[b] = torch.cat(kept).float().mean(0).cpu().numpy()
+        return shares
+
+    @torch.no_grad()
+    @exact()
+    def activations(self, pixels: np.ndarray) -> list[torch.Tensor]:
+        """x(1) … x(B) of images, uint8 [n, 1 or 3, H, W], where k-means runs."""
+        x = self.network.eval().activations(self.network.input(pixels))
+        return [u.to(double_device(u.device)) for u in x]
+
     def target(self, target: Target, seen: Seen) -> torch.Tensor:
         """Classes of the network that images are attributed to, by name or index, [1, n]; two to contrast, [2, n].
 
@@ -358,7 +530,9 @@ class Explained:
         for b in blocks:
             if b not in self.explainers:
                 raise ValueError(f"start blocks run from {shallowest} to {last}, got {b}")
-        seen = self.seen(self.picture(image))
+        picture = self.picture(image)
+        seen = self.seen(picture)
+        kept = self._kept(picture.pixels.tobytes(), picture.pixels.shape) if self.refits else {}
         attributed = self.attributed(seen, target, attribution_start)
         parts = []
         for b in blocks:
@@ -368,7 +542,7 @@ class Explained:
             segments = zip(used[largest].tolist(), counts[largest].tolist(), strict=True)
             patches = tuple(replace(self.patch(b, k), share=count / q_s.numel()) for k, count in segments)
             predicted = self.classes[int(self.explainers[b].proj(q_s)[0].argmax())]
-            part = Interpretation(self.name(b), q_s[0].numpy(), None, patches, predicted)
+            part = Interpretation(self.name(b), q_s[0].numpy(), None, patches, predicted, certainty=kept.get(b))
             if attributed:
                 points = attributed.contributions[b][0]
                 part = replace(
@@ -418,7 +592,9 @@ class Explained:
         to = " − ".join(parts[0].target)
         of = f", attribution to {to}" if to not in ("", predicted) else ""
         words = f"{Path(picture.name).name}: {self.network.name} says {predicted}{of}"
-        return figure1(picture.rgb, parts, title or words)
+        shown = start_blocks or {self.start_blocks[0], self.start_blocks[-1]}
+        unsure = [refits.line(self.name(b)) for b, refits in self.refits.items() if b in shown and not refits.repeats]
+        return figure1(picture.rgb, parts, "\n".join([title or words, *unsure]))
 
     def overlay(self, image: AnyImage, start_block: int = 0, target: Target = "", **options: Any) -> Image.Image:
         """Map or attribution over the picture at its own resolution, from a start block (0: the shallowest).
@@ -443,6 +619,23 @@ class Explained:
         from .overlay import overlay
 
         return overlay(self, image, start_block, target, **options)
+
+    def margin(self, image: AnyImage, start_block: int = 0, prototype: int = -1, against: str = "") -> "Margin":
+        """Why a segment of an image is of its prototype a and not of b: their margin, by block and channel.
+
+        b is the nearest prototype of the runner-up: of the classes other than a's the one with the highest score of
+        eq. 10, or the class ``against``. The result has a ``table()`` and a ``figure()``.
+
+        Parameters
+        ----------
+        start_block
+            0: the shallowest.
+        prototype
+            The segment's; -1: that of the largest.
+        """
+        from .margin import margin
+
+        return margin(self, image, start_block, prototype, against)
 
     def explorer(self, image: AnyImage = 0, start_block: int = 0) -> "Explorer":
         """An interactive view for the notebook; a still one where widgets cannot run."""
@@ -492,10 +685,12 @@ class Explained:
 
     # to keep
 
-    def save(self, folder: str | Path, only: Iterable[str] = ()) -> Path:
+    def save(self, folder: str | Path, only: Iterable[str] = (), *, small: bool = False) -> Path:
         """Everything into a folder that :meth:`load` reads, if it was written to the end; explainers there before go.
 
         ``only`` names explainers (``KMEx-5``, ``B234``) to write beside what is there, as notebooks 3 and 4 do.
+        ``small``: a few MB to send or commit. The encoder's weights stay out, so loading needs their file; prototypes
+        are float16, and each keeps its nearest patch alone, of at most 96 pixels.
         """
         folder, only = Path(folder).expanduser(), list(only)
         settings, weights = folder / "explained.json", self.network.fingerprint
@@ -504,7 +699,7 @@ class Explained:
         if not only:
             saved_before = settings.exists()  # else the files of those names are not ours
             stale = [*_explainer_files(folder), folder / "table.csv"] if saved_before else []
-            self.network.save(folder)
+            self.network.save(folder, head_only=small)
             save_json(settings, {"unfinished": True})
             for path in stale:
                 path.unlink(missing_ok=True)
@@ -515,16 +710,26 @@ class Explained:
         for name in only or self._made:
             made = self._made[name]
             b = made.get("start_block")
-            explainer = self.kmex[made["prototypes_per_class"]] if b is None else self.explainers[b]
+            explainer = self.kmex[made["prototypes_per_class"]] if b is None else self.edits.fitted(b)[0]
             tensors = dict(vars(explainer.prototypes))
+            if small:  # rows of q are near float16's smallest numbers; their largest becomes 1
+                tensors["unit"] = tensors["vectors"].abs().max()
+                tensors["vectors"] = (tensors["vectors"] / tensors["unit"]).half()
+            if b in self.refits:
+                refits = replace(self.refits[b], vectors=self.refits[b].vectors[: 0 if small else None])
+                tensors |= {f"refits_{key}": value for key, value in vars(refits).items()}
             if b is not None:
-                tensors |= {f"nearest_{key}": value for key, value in vars(self.nearest[b]).items()}
-                encoded = [_webp(self.patch(b, k, rank).pixels) for k, rank in self.nearest[b].ranks()]
+                nearest = self.edits.fitted(b)[1]
+                nearest = nearest.first() if small else nearest
+                tensors |= {f"nearest_{key}": value for key, value in vars(nearest).items()}
+                encoded = [_webp(self.patch(b, k, rank).pixels, small) for k, rank in nearest.ranks()]
                 tensors["patches"] = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
                 tensors["patch_sizes"] = torch.tensor([len(part) for part in encoded])
             save_tensors(folder / f"{name}.safetensors", tensors, {**made, **of})
         if not only:
-            save_json(settings, {**self.settings, "classes": list(self.classes)})  # last: what is there is whole
+            edits = {"edits": self.edits.done} if self.edits.done else {}
+            # last: what is there is whole
+            save_json(settings, {**self.settings, "classes": list(self.classes), **edits})
         return folder
 
     @classmethod
@@ -534,6 +739,7 @@ class Explained:
         module: nn.Module | None = None,
         images: str | Path | Dataset | Any | None = None,
         *,
+        weights: str | Path | Mapping[str, Any] = "",
         transform: Callable[[Any], torch.Tensor] | None = None,
     ) -> "Explained":
         """What :meth:`save` left: explains images it has never seen, and fits nothing again.
@@ -544,6 +750,9 @@ class Explained:
             Your own network, where it is not one of torchvision or timm; refused where its weights or scores differ.
         images
             As :func:`explain` takes them, for what needs the data set: indices, names, the explorer's list.
+        weights
+            The file (or state dict, or ``imagenet``) that the network was made of, where it was saved ``small``; others
+            are refused.
         transform
             Your own, where images entered by one: only its name is saved.
 
@@ -559,16 +768,18 @@ class Explained:
         settings = load_json(path)
         if not isinstance(settings, dict) or not isinstance(settings.get("classes"), list):
             raise ValueError(f"{path} is not of a whole saved explanation: save it again")
-        network = networks.load(folder, module, transform)
+        edits = settings.pop("edits", [])
+        network = networks.load(folder, module, transform, weights)
         how = {key: settings[key] for key in ("held_out", "seed") if key in settings}
         dataset = None if images is None else opened(images, network, **how)
-        explained, weights = cls(network, dataset, settings), network.fingerprint
+        explained, fingerprint = cls(network, dataset, settings), network.fingerprint
         for path in _explainer_files(folder):
-            explained._load_explainer(path, weights)
+            explained._load_explainer(path, fingerprint)
         if (folder / "table.csv").is_file():
             import pandas as pd
 
             explained.table = pd.read_csv(folder / "table.csv", index_col="model")
+        explained.edits.replay(edits)
         return explained
 
     def _load_explainer(self, path: Path, weights: str) -> None:
@@ -580,6 +791,8 @@ class Explained:
         self._made[path.stem] = made
         classes, b = len(self.classes), made.get("start_block")
         try:
+            if "unit" in tensors:
+                tensors["vectors"] = tensors["vectors"].float() * tensors["unit"]
             prototypes, count = _of(Prototypes, tensors), int(made["prototypes_per_class"])
             expected = torch.arange(classes).repeat_interleave(count)
             if path.stem != (f"KMEx-{count}" if b is None else self.name(b)):
@@ -593,7 +806,12 @@ class Explained:
                 self.kmex[count] = KMEx(prototypes, classes)
                 return
             self.explainers[b] = EncoderKMeans(prototypes, classes, b, _of(Normalisation, made))
+            tensors.setdefault("nearest_examples", torch.empty(len(prototypes), 0, 2, dtype=torch.int64))  # as of old
             self.nearest[b] = _of(Nearest, tensors, "nearest_")
+            if "refits_kept" in tensors:
+                self.refits[b] = _of(Refits, tensors, "refits_")
+                if self.refits[b].vectors.shape[1:] != prototypes.vectors.shape:
+                    raise ValueError("its refits are of other prototypes")
             patches = tensors["patches"].split(tensors["patch_sizes"].tolist())
             drawn = zip(self.nearest[b].ranks(), patches, strict=True)
             self._drawn |= {(b, k, rank): patch.numpy().tobytes() for (k, rank), patch in drawn}
@@ -636,8 +854,12 @@ def _explainer_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: (path.stem[0] == "B", len(path.stem), path.stem))
 
 
-def _webp(pixels: np.ndarray) -> bytes:
+def _webp(pixels: np.ndarray, small: bool = False) -> bytes:
     """Lossless, so that a saved patch is the patch; method 0 is quick and costs a few per cent of size."""
+    image, how = Image.fromarray(np.ascontiguousarray(pixels)), {"lossless": True, "method": 0}
+    if small:
+        image.thumbnail((SMALL_PATCH, SMALL_PATCH))
+        how = {"quality": 75, "method": 4}
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "WEBP", lossless=True, method=0)
+    image.save(buffer, "WEBP", **how)
     return buffer.getvalue()

@@ -82,7 +82,7 @@ class Explorer:
             shared, images = self.explained.sharing(start_block, patch.prototype)
             yield {
                 "prototype": patch.prototype,
-                "class": patch.class_name,
+                "class": patch.label,
                 "share": patch.share,
                 "contribution": patch.contribution,
                 "shared": shared,

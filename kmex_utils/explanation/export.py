@@ -95,6 +95,7 @@ def export(
     made_by["target"] = explained.network.targets(target)
     made_by |= {"weights": explained.network.fingerprint, "files": _digest(_states(root, files))}
     made_by["prototypes"] = _digest(e.prototypes.vectors.numpy().tobytes() for e in explained.explainers.values())
+    made_by |= {"edits": explained.edits.done} if explained.edits.done else {}
     settings = folder / "settings.json"
     if settings.exists() and load_json(settings) != json.loads(json.dumps(made_by)):
         raise ValueError(f"{folder} holds an export of other images or settings: choose another folder")

@@ -20,9 +20,11 @@ def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title:
     The interpretations, one per explainer, are drawn from left to right (the paper: B4, B234). Attributions are red
     above the centre of their scale and blue below; where zero lies is ticked, or pointed to.
     """
-    figure = plt.figure(figsize=(5.2 * len(interpretations), 4.7))
+    wide = 1 if all(i.certainty is None for i in interpretations) else 4 / 3
+    figure = plt.figure(figsize=(5.2 * wide * len(interpretations), 4.7))
     if title:
-        figure.suptitle(literal(textwrap.fill(title, 60 * len(interpretations))))
+        lines = [textwrap.fill(line, 60 * len(interpretations)) for line in title.splitlines()]
+        figure.suptitle(literal("\n".join(lines)))
     panels = figure.subfigures(1, len(interpretations), squeeze=False, wspace=0.04)[0]
     for panel, interpretation in zip(panels, interpretations, strict=True):
         _draw(panel, image, interpretation)
@@ -32,7 +34,11 @@ def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title:
 def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation) -> None:
     decimals = _decimals(max(abs(points) for points in (part.total, *(p.contribution or 0 for p in part.patches))))
     grid = panel.add_gridspec(3, 15, height_ratios=[3, 1.35, 1.35])
-    top = [panel.add_subplot(grid[0, 5 * i : 5 * i + 5]) for i in range(3)]
+    places = [grid[0, 5 * i : 5 * i + 5] for i in range(3)]
+    if part.certainty is not None:  # 20 columns would leave constrained layout no room
+        wider = grid[0, :].subgridspec(1, 4)
+        places = [wider[0, i] for i in range(4)]
+    top = [panel.add_subplot(place) for place in places]
     extent = (0, image.shape[1], image.shape[0], 0)
     top[0].imshow(image)
     predicted = short(part.predicted, 24)
@@ -49,6 +55,9 @@ def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation) -> None:
         _tick(panel.colorbar(drawn, ax=top[2], shrink=0.8, pad=0.03), part.centre, part.half)
         of_all = f"points of the score (all segments: {part.total:+.{decimals}f})"
         panel.supxlabel(f"prototype: class, share of the map, {of_all}", fontsize=7)
+    if part.certainty is not None:
+        top[3].imshow(part.certainty, cmap="cividis", vmin=0, vmax=1, extent=extent)  # yellow: in all, blue: in none
+        top[3].set_title(f"same in refits: {100 * part.certainty.mean():.0f} %")
     for axes in top:
         axes.set_axis_off()
     for i, colour in enumerate(palette(COLOURED)):
@@ -80,7 +89,7 @@ def _decimals(largest: float) -> int:
 def _draw_patch(axes: Axes, patch: Patch, colour: Colour, decimals: int) -> None:
     axes.imshow(patch.pixels, interpolation="antialiased")  # else lines are lost where it is drawn smaller
     points = "" if patch.contribution is None else f" · {patch.contribution:+.{decimals}f}"
-    words, name = percent(patch.share) + points, short(patch.class_name, 15, 2)
+    words, name = percent(patch.share) + points, short(patch.label, 15, 2)
     beside = len(name) + len(words) < 16
     axes.set_title(f"{name} · {words}" if beside else f"{name}\n{words}", fontsize=8 if beside else 7, pad=3)
     for spine in axes.spines.values():

@@ -17,13 +17,13 @@ from ..method.measures import accuracy, cosine_alignment
 from ..networks import Network
 from ..networks.network import network as to_explain
 from .explained import Explained, opened
-from .passed import Passed
+from .gallery import network_classes, relabelled
+from .passed import SPLITS, Passed
 
 if TYPE_CHECKING:
     import pandas as pd
 
 KEPT_H = 2**29  # bytes of encoder outputs kept for attributions of the folder's own images
-SPLITS = {"train": "images of the prototypes", "test": "held out"}  # as the table's columns say it
 
 
 def explain(
@@ -172,7 +172,7 @@ def _stand_in(explained: Explained, passed: Passed, log: Callable[[str], None]) 
             f"{int(left_out.sum())} images of {len(left_out)} predicted classes with fewer than K/C = {count} images "
             "make no prototypes"
         )
-    labels = {split: _relabelled(y.argmax(1), kept) for split, y in passed.y.items()}
+    labels = {split: relabelled(y.argmax(1), kept) for split, y in passed.y.items()}
     dataset = explained.dataset
     assert dataset is not None
     train, test = (replace(dataset.split(split), labels=labels[split]) for split in SPLITS)
@@ -180,11 +180,6 @@ def _stand_in(explained: Explained, passed: Passed, log: Callable[[str], None]) 
     explained.classes = classes
     explained.settings["stand_in_classes"] = kept.tolist()
     return replace(passed, labels=labels, classes=classes)
-
-
-def _relabelled(predicted: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    same = predicted[:, None] == kept
-    return torch.where(same.any(1), same.int().argmax(1), -1)
 
 
 # --- Tables 1 and 2 -----------------------------------------------------------------------------------------------
@@ -208,7 +203,7 @@ def _table(explained: Explained, z: dict[str, torch.Tensor], log: Callable[[str]
         if network.form in ("linear", "scaled"):
             vectors["CNN"] = network.c[outputs].cpu(), torch.arange(len(outputs))
         if not explained.predictions_as_labels:
-            class_of = _relabelled(torch.arange(len(network.classes)), outputs)
+            class_of = relabelled(torch.arange(len(network.classes)), outputs)
             predicted["CNN"] = {split: class_of[explained.y[split].argmax(1)] for split in z}
     for count, kmex in explained.kmex.items():
         name = f"KMEx (K/C={count})"
@@ -232,24 +227,6 @@ def _table(explained: Explained, z: dict[str, torch.Tensor], log: Callable[[str]
             for name, of_split in predicted.items():
                 table.loc[name, column] = accuracy(of_split[split][labelled], labels[split][labelled])
     return table
-
-
-def network_classes(explained: Explained) -> torch.Tensor | None:
-    """For each class of the folder the network's output of that name, [groups]; None if a class has not exactly one.
-
-    Numbers that stand in for unknown names name nothing.
-    """
-    if explained.predictions_as_labels:
-        return torch.tensor(explained.settings["stand_in_classes"])
-    theirs = [_plain(name) for name in explained.network.classes]
-    ours = [_plain(name) for name in explained.classes]
-    if not explained.network.named or len(set(ours)) < len(ours) or any(theirs.count(name) != 1 for name in ours):
-        return None
-    return torch.tensor([theirs.index(name) for name in ours])
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", " ").replace("-", " ").strip()
 
 
 def _some(names: Sequence[str], limit: int) -> str:

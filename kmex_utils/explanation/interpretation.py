@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+EXAMPLES = ("typical", "weakest")  # of a prototype, beside the nearest patch, which flatters
+
 
 @dataclass(frozen=True)
 class Patch:
@@ -11,7 +13,8 @@ class Patch:
 
     ``share`` of the explained image's positions; ``pixels`` uint8 [h, w, 3], the training image around the segment
     of the nearest row, which is outlined; ``index`` of that image in the training split; ``contribution`` of the
-    explained image's segment to the score, None where eq. 11 does not hold.
+    explained image's segment to the score, None where eq. 11 does not hold; ``name``: one's own for the prototype, or
+    empty.
     """
 
     prototype: int
@@ -20,6 +23,12 @@ class Patch:
     pixels: np.ndarray
     index: int
     contribution: float | None = None
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """What to call the prototype: its name, else its class."""
+        return self.name or self.class_name
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,8 @@ class Interpretation:
 
     ``attribution`` is None where eq. 11 does not hold: something lies between average pool and linear head. It is to
     the class ``target``, or to the first of two minus the second; ``centre`` and ``half`` are the middle and the
-    half-width of its colours, ``total`` is what the contributions of all segments sum to.
+    half-width of its colours, ``total`` is what the contributions of all segments sum to. ``certainty`` [H', W']: the
+    share of refits in which a position keeps its prototype; None where there are none.
     """
 
     name: str
@@ -40,6 +50,7 @@ class Interpretation:
     centre: float = 0.0
     half: float = 1.0
     total: float = 0.0
+    certainty: np.ndarray | None = None
 
 
 def segment_patch(image: np.ndarray, segments: np.ndarray, position: int) -> np.ndarray:

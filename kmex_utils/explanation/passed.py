@@ -19,6 +19,7 @@ from ..method.prototypes import classwise
 from ..networks import Network
 from .activations import Activations, keep
 
+SPLITS = {"train": "images of the prototypes", "test": "held out"}  # as tables say it
 IN_MEMORY = 2 * 2**30  # bytes of activations that `store="auto"` and the rows of one class may take in memory
 
 

@@ -10,14 +10,21 @@ from PIL import Image
 
 from ..drawing import data_url, png
 from ..store import save_text
+from .edits import left_of
 from .figure1 import figure1
+from .interpretation import EXAMPLES
+from .passed import SPLITS
 
 if TYPE_CHECKING:
     from ..networks.network import Target
     from .explained import Explained
 
 TEMPLATE = Path(__file__).with_name("report.html")
-LEVELS = ((112, 85), (88, 75), (64, 60))  # patch size in pixels and WebP quality, tried in order until the file fits
+# patch size in pixels, WebP quality, and examples beside the nearest patch, tried in order until the file fits
+LEVELS = ((112, 85, EXAMPLES), (88, 75, EXAMPLES), (64, 60, EXAMPLES), (64, 60, ()))
+COPY = 0.5  # of the typical distance of a row from its centroid: nearer prototypes are called near-copies
+SHARED = 50.0  # % of a prototype's cells in images of other classes: from there on it is said to be shared
+NAMED = 6  # images and classes that a line names
 NOT_SHOWN = ("classes", "data", "folder", "stand_in_classes")  # lists, and paths of the sender's machine
 PANEL_DPI = 120  # 620 pixels a panel, as wide as the page shows it
 
@@ -54,18 +61,19 @@ def write(
         raise FileExistsError(f"{path} exists: choose another name, or give overwrite=True")
     drawn = [_panel(explained, image, target) for image in panels]
     shown = len(explained.classes)
-    for size, quality in LEVELS:
+    known = _known(explained)
+    for size, quality, examples in LEVELS:
         for panel in drawn:
             panel["urls"] = {name: data_url(pixels, quality=quality) for name, pixels in panel["figures"].items()}
-        classes = [_class(explained, c, size, quality) for c in range(shown)]
-        page = _page(explained, title, drawn, classes)
+        classes = [_class(explained, c, size, quality, examples, known) for c in range(shown)]
+        page = _page(explained, title, drawn, classes, known)
         if len(page.encode()) <= max_bytes:
             break
-    bare = len(_page(explained, title, drawn, []).encode())
+    bare = len(_page(explained, title, drawn, [], known).encode())
     while shown and (length := len(page.encode())) > max_bytes:
         fitting = int(shown * max(max_bytes - bare, 0) / max(length - bare, 1))
         shown = min(fitting, shown - 1)
-        page = _page(explained, title, drawn, classes[:shown])
+        page = _page(explained, title, drawn, classes[:shown], known)
     if len(page.encode()) > max_bytes:
         raise ValueError(
             f"the report's tables and {len(drawn)} panels alone take {bare:,} bytes, more than max_bytes = "
@@ -75,12 +83,28 @@ def write(
     return path
 
 
-def _page(explained: "Explained", title: str, panels: list[dict[str, Any]], classes: list[dict[str, Any]]) -> str:
+def _known(explained: "Explained") -> dict[str, Any]:
+    """Tables of the data set's images, where it is here."""
+    if explained.dataset is None:
+        return {}
+    split = "test" if len(explained.dataset.test) else "train"
+    galleries = {b: explained.gallery(b, split) for b in explained.start_blocks}
+    return {"predictions": explained.predictions(split), "classes": explained.by_class(0, split), "gallery": galleries}
+
+
+def _page(
+    explained: "Explained",
+    title: str,
+    panels: list[dict[str, Any]],
+    classes: list[dict[str, Any]],
+    known: dict[str, Any],
+) -> str:
     from jinja2 import Environment
 
     last = explained.start_blocks[0]
     labels = explained.explainers[last].prototypes.labels.tolist()
     images = [explained.sharing(last, labels.index(c))[1] for c in range(len(explained.classes))]
+    held_out = len(explained.dataset.test) if explained.dataset else 0
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text()).render(
         title=title or f"{explained.network.name} on {explained.settings['dataset']}",
@@ -88,9 +112,16 @@ def _page(explained: "Explained", title: str, panels: list[dict[str, Any]], clas
         network=explained.network,
         table=explained.table,
         clustered=sum(images),
-        held_out=len(explained.dataset.test) if explained.dataset else 0,
+        held_out=held_out,
         panels=panels,
         classes=classes,
+        by_class=known.get("classes"),
+        shallowest=explained.name(explained.start_blocks[-1]),
+        split=SPLITS["test" if held_out else "train"],
+        refits=[refits.line(explained.name(b)) for b, refits in explained.refits.items()],
+        copy=COPY,
+        shared=SHARED,
+        named=NAMED,
         settings=list(_flat(explained.settings)),
     )
 
@@ -102,17 +133,34 @@ def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _flat(value) if isinstance(value, Mapping) else [(name, value)]
 
 
-def _class(explained: "Explained", c: int, size: int, quality: int) -> dict[str, Any]:
-    """The prototypes of a class: for each explainer, the most shared first."""
-    explainers = {}
+def _class(
+    explained: "Explained", c: int, size: int, quality: int, examples: Sequence[str], known: dict[str, Any]
+) -> dict[str, Any]:
+    """A class: what is wrong with its images, and its prototypes, for each explainer the most shared first."""
+    explainers, name = {}, explained.classes[c]
     for b in explained.start_blocks:
-        of_class = (explained.explainers[b].prototypes.labels == c).nonzero().flatten().tolist()
-        shared = {k: explained.sharing(b, k)[0] for k in of_class}
-        explainers[explained.name(b)] = [
-            {"prototype": k, "shared": shared[k], "url": data_url(explained.patch(b, k).pixels, size, quality=quality)}
-            for k in sorted(of_class, key=shared.__getitem__, reverse=True)
-        ]
-    return {"name": explained.classes[c], "images": explained.sharing(b, of_class[0])[1], "explainers": explainers}
+        left = left_of(explained.edits.segment(b))
+        of_class = left[explained.explainers[b].prototypes.labels[left] == c].tolist()
+        prototypes = []
+        for k in of_class:
+            there = explained.nearest[b].examples[k, :, 0] >= 0
+            ranks: list[int | str] = [0, *(rank for rank, have in zip(examples, there, strict=False) if have)]
+            urls = [data_url(explained.patch(b, k, rank).pixels, size, quality=quality) for rank in ranks]
+            shared, use = explained.sharing(b, k)[0], known["gallery"][b].loc[k] if known else None
+            own = explained.edits.names(b).get(k, "")
+            exists = (
+                f"{explained.refits[b].exists[k]} of {len(explained.refits[b].kept)}" if b in explained.refits else ""
+            )
+            prototypes.append(
+                {"prototype": k, "name": own, "shared": shared, "urls": urls, "use": use, "exists": exists}
+            )
+        explainers[explained.name(b)] = sorted(prototypes, key=lambda of: -of["shared"])
+    wrong = {}
+    if known:
+        said = known["predictions"][known["predictions"].label == name]
+        wrong = {model: list(said.loc[said[model] != name, model].items()) for model in said if model != "label"}
+    images = explained.sharing(b, of_class[0])[1]
+    return {"name": name, "images": images, "explainers": explainers, "wrong": wrong}
 
 
 def _panel(explained: "Explained", image: Any, target: "Target") -> dict[str, Any]:

@@ -228,11 +228,17 @@ class CompositeRows:
         """The columns of p [K, Σ D_b] by block, for repeated use in ``dots``."""
         return [part.contiguous() for part in p.split(self._channels, 1)]
 
-    def nearest(self, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each image the row nearest to each p_k [K, Σ D_b]: ||q_r||² - 2 q_r · p_k, its position; [K, N] each."""
-        p = p.to(self.device)
-        shape = (len(p), -1, self.rows_per_image)  # chunks are whole images
-        least = [(chunk.squared - 2 * chunk.dots(p)).view(shape).min(2) for _, chunk in self.chunks()]
+    def nearest(self, p: torch.Tensor, among: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each image the row nearest to each p_k [K, Σ D_b]: ||q_r||² - 2 q_r · p_k, its position; [K, N] each.
+
+        Of all rows, or of those ``among`` bool [K, N R']: of an image without any the distance is infinite.
+        """
+        p, least = p.to(self.device), []
+        for span, chunk in self.chunks():  # chunks are whole images
+            distance = chunk.squared - 2 * chunk.dots(p)
+            if among is not None:
+                distance = distance.masked_fill(~among[:, span].to(self.device), torch.inf)
+            least.append(distance.view(len(p), -1, self.rows_per_image).min(2))
         distance, position = (torch.cat(part, 1).cpu() for part in zip(*least, strict=True))
         return distance, position
 

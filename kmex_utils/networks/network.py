@@ -29,7 +29,7 @@ from .trace import H, Layout, Pass, Tap, Trace, noise
 
 IMAGENET = Input(224, IMAGENET_MEAN, IMAGENET_STD, "crop")
 Target = str | int | None | Sequence[str | int | None]  # a class, or two; empty or None: the predicted one
-SETTINGS, WEIGHTS = "network.json", "weights.safetensors"
+SETTINGS, WEIGHTS, HEAD = "network.json", "weights.safetensors", "head.safetensors"
 NO_FILES = ("imagenet", "random", "scratch")  # other weights are files; the last two are the same
 SCORES = 8  # outputs whose scores on noise are saved
 SCORES_DIFFER = 1e-3  # relative to the largest: far above another chip's rounding, far below another forward
@@ -257,22 +257,29 @@ class Network(nn.Module):
         settings = {name: getattr(self, name) for name in ("name", "blocks", "head", "between")}
         return {"network": {**settings, **self.input.settings, "weights": self.fingerprint}}
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, head_only: bool = False) -> None:
         """Write ``network.json``, and ``weights.safetensors`` under the library's own names, for :func:`load`.
 
-        A library's weights that were not changed are not written, nor those of a module of your own. A file of that
-        name which this did not write is refused (FileExistsError).
+        A library's weights that were not changed are not written, nor those of a module of your own. With ``head_only``
+        ``head.safetensors`` takes the place of the weights, and :func:`load` needs the file they come from. A file of
+        those names which this did not write is refused (FileExistsError).
         """
         folder, weights = Path(folder), self.fingerprint
-        if (folder / WEIGHTS).exists() and not (folder / SETTINGS).exists():
-            raise FileExistsError(f"{folder / WEIGHTS} is not of a network saved here: choose another folder")
+        for name in (WEIGHTS, HEAD):
+            if (folder / name).exists() and not (folder / SETTINGS).exists():
+                raise FileExistsError(f"{folder / name} is not of a network saved here: choose another folder")
         names = ("name", "reference", "blocks", "head", "classes", "named", "assumed")
         saved = {**{name: getattr(self, name) for name in names}, "input": self.input.settings}
         save_json(folder / SETTINGS, {**saved, "fingerprint": weights, "scores": self._scores()})
+        file, state = WEIGHTS, self.module.state_dict()
+        if head_only:
+            file, state = HEAD, {key: value for key, value in state.items() if key.startswith(f"{self.head}.")}
+        for name in {WEIGHTS, HEAD} - {file}:
+            (folder / name).unlink(missing_ok=True)
         if self.reference is None or self.reference["weights"] == weights:
-            (folder / WEIGHTS).unlink(missing_ok=True)
+            (folder / file).unlink(missing_ok=True)
         else:
-            save_tensors(folder / WEIGHTS, self.module.state_dict(), self.settings())
+            save_tensors(folder / file, state, self.settings())
 
     def _scores(self) -> list[list[float]]:
         """Of the first outputs on two images of noise."""
@@ -383,9 +390,9 @@ def network(
         if weights != "":
             load_into(model, read(weights), type(model).__name__, path)
     elif folder := _saved_at(model):
-        if weights != "" or arch_args:
+        if (weights != "" and not (folder / HEAD).is_file()) or arch_args:
             raise ValueError(f"weights and arch_args go with a model's name; the network in {folder} has its own")
-        saved = load(folder, transform=transform)
+        saved = load(folder, transform=transform, weights=weights)
         made = Built(saved.module, saved.reference, saved.input, saved.classes if saved.named else ())
         name, assumed, blocks, head = saved.name, saved.assumed, blocks or (*saved.blocks[:-1], H), head or saved.head
     else:
@@ -481,12 +488,16 @@ def for_training(
 
 
 def load(
-    folder: str | Path, module: nn.Module | None = None, transform: Callable[[Any], Tensor] | None = None
+    folder: str | Path,
+    module: nn.Module | None = None,
+    transform: Callable[[Any], Tensor] | None = None,
+    weights: str | Path | Mapping[str, Any] = "",
 ) -> Network:
     """The network that :meth:`Network.save` wrote, frozen; checked by the fingerprint of its weights and by its scores.
 
-    ``module`` is your own, where it is not one of torchvision or timm, and so is ``transform``. What is missing,
-    damaged or differs is one line of FileNotFoundError, ValueError or ConnectionError.
+    ``module`` is your own, where it is not one of torchvision or timm, and so is ``transform``. ``weights``, a file, a
+    state dict or ``imagenet``, are those of a network saved with its head alone. What is missing, damaged or differs is
+    one line of FileNotFoundError, ValueError or ConnectionError.
     """
     folder = paths.located(folder)
     path = folder / SETTINGS
@@ -496,7 +507,7 @@ def load(
     ours = module is None
     try:
         input = Input.of(saved["input"], transform)
-        module = _made_again(folder, saved) if module is None else module
+        module = _made_again(folder, saved, weights) if module is None else module
         how = {name: saved[name] for name in ("head", "classes", "name", "reference")}
         network = Network(module, blocks=[*saved["blocks"][:-1], H], input=input, **how)
         network.named, network.assumed = bool(saved["named"]), tuple(saved["assumed"])
@@ -515,17 +526,28 @@ def load(
     return network
 
 
-def _made_again(folder: Path, saved: dict[str, Any]) -> nn.Module:
-    """A network by its reference, with its library's weights or those beside it."""
-    reference = saved["reference"]
+def _made_again(folder: Path, saved: dict[str, Any], weights: str | Path | Mapping[str, Any]) -> nn.Module:
+    """A network by its reference, with its library's weights, those beside it, or the given ones and its head."""
+    reference, head = saved["reference"], saved["head"]
     if reference is None:
         raise ValueError(f"{saved['name']} in {folder} is a module of your own: give it, as load(folder, module)")
-    imagenet = reference["weights"] == saved["fingerprint"]
+    apart = (folder / HEAD).is_file()
+    if apart and weights == "":
+        raise ValueError(
+            f"{folder} holds no weights but the head's: give weights=, the file {saved['name']} was made of"
+        )
+    if not apart and weights != "":
+        raise ValueError(f"weights= goes with what was saved without them; the network in {folder} has its own")
+    imagenet = weights == "imagenet" if apart else reference["weights"] == saved["fingerprint"]
     with torch.random.fork_rng(devices=[]):
         module = build(reference["arch"], reference["arch_args"], imagenet=imagenet).module
-        if not imagenet:
-            state, _ = load_tensors(folder / WEIGHTS)
-            fit_head(module, state, saved["head"], (), folder / WEIGHTS)
-            fix = ": train again with a lower learning_rate"
-            load_into(module, state, reference["arch"], folder / WEIGHTS, fix=fix)
+        if apart or not imagenet:
+            path = folder / (HEAD if apart else WEIGHTS)
+            state, _ = load_tensors(path)
+            if apart:
+                given = module.state_dict() if imagenet else fitting(module, read(weights), str(weights)[:200])
+                state |= {key: value for key, value in given.items() if not key.startswith(f"{head}.")}
+            fit_head(module, state, head, (), path)
+            fix = "" if apart else ": train again with a lower learning_rate"
+            load_into(module, state, reference["arch"], path, fix=fix)
     return _channels_last(module)

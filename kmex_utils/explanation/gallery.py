@@ -1,0 +1,137 @@
+"""What an explanation says of all its images: predictions, and how each prototype is used."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .edits import left_of
+from .passed import SPLITS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..method.explainers import EncoderKMeans
+    from .explained import Explained
+
+
+def network_classes(explained: "Explained") -> torch.Tensor | None:
+    """For each class of the folder the network's output of that name, [groups]; None if a class has not exactly one.
+
+    Numbers that stand in for unknown names name nothing.
+    """
+    if explained.predictions_as_labels:
+        return torch.tensor(explained.settings["stand_in_classes"])
+    theirs = [_plain(name) for name in explained.network.classes]
+    ours = [_plain(name) for name in explained.classes]
+    if not explained.network.named or len(set(ours)) < len(ours) or any(theirs.count(name) != 1 for name in ours):
+        return None
+    return torch.tensor([theirs.index(name) for name in ours])
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ").replace("-", " ").strip()
+
+
+def relabelled(predicted: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The place of each predicted output among those kept, [N]; -1: it is not."""
+    same = predicted[:, None] == kept
+    return torch.where(same.any(1), same.int().argmax(1), -1)
+
+
+def chosen(explained: "Explained", split: str) -> str:
+    """The split asked for; empty: the held-out images, or where there are none, those of the prototypes. Fills it."""
+    if explained.dataset is None:
+        raise ValueError("the images are not here, only the prototypes: load(…, images=folder)")
+    split = split or ("test" if len(explained.dataset.test) else "train")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    explained.fill()
+    return split
+
+
+def predictions(explained: "Explained", split: str = "") -> "pd.DataFrame":
+    """As :meth:`Explained.predictions` says."""
+    import pandas as pd
+
+    split, outputs = chosen(explained, split), network_classes(explained)
+    classes = np.array([*explained.classes, ""], object)
+    predicted = explained.y[split].argmax(1)
+    said = np.array(explained.network.classes, object)[predicted]
+    if outputs is not None:  # in the folder's own words
+        ours = relabelled(predicted, outputs)
+        said = np.where(ours >= 0, classes[ours], said)
+    names = explained.names[: len(said)] if split == "test" else explained.names[-len(said) :]
+    columns = {"label": classes[explained.labels_of(split)], "network": said}
+    for b in explained.start_blocks:
+        columns[explained.name(b)] = classes[explained.explainers[b].proj(explained.maps[b, split].long()).argmax(1)]
+    return pd.DataFrame(columns, pd.Index(names, name="image"))
+
+
+def by_class(explained: "Explained", start_block: int = 0, split: str = "") -> "pd.DataFrame":
+    """As :meth:`Explained.by_class` says."""
+    import pandas as pd
+
+    name = explained.name(start_block or explained.start_blocks[-1])
+    table = predictions(explained, split)
+    models = [column for column in table if column != "label"]
+    right = table[models].eq(table.label, axis=0).groupby(table.label).mean().mul(100)
+    result = right.reindex(explained.classes)
+    result.insert(0, "images", table.label.value_counts().reindex(explained.classes, fill_value=0))
+    wrong = table[table.label.ne(table[name]) & table.label.ne("")]
+    for way, key, other in (("taken for", "label", name), ("taken from", name, "label")):
+        counts = wrong.groupby(key)[other].value_counts(sort=True)
+        words = [f"{c} ({n})" for c, n in zip(counts.index.get_level_values(1), counts, strict=True)]
+        joined = pd.Series(words, counts.index.get_level_values(0), dtype=object).groupby(level=0).agg(", ".join)
+        result[way] = joined.reindex(explained.classes, fill_value="")
+    return result.rename_axis("class")
+
+
+def gallery(explained: "Explained", start_block: int = 0, split: str = "") -> "pd.DataFrame":
+    """As :meth:`Explained.gallery` says."""
+    import pandas as pd
+
+    b = start_block or explained.start_blocks[-1]
+    explained.name(b)
+    split, explainer = chosen(explained, split), explained.explainers[b]
+    p, q_s, labels = explainer.prototypes, explained.maps[b, split].flatten(1).long(), explained.labels_of(split)
+    count, classes = len(p), len(explained.classes)
+    cells = torch.zeros(len(q_s), count).scatter_add_(1, q_s, torch.ones(q_s.shape))
+    there, predicted = cells > 0, explainer.proj(explained.maps[b, split].long()).argmax(1)
+    of_class = predicted[:, None] == p.labels
+    right = of_class & (labels[:, None] == p.labels)
+    wrong = of_class & (labels[:, None] != p.labels) & (labels[:, None] >= 0)
+    in_class = torch.zeros(classes + 1, count).index_add_(0, labels % (classes + 1), cells)[:classes]
+    elsewhere = in_class.scatter(0, p.labels[None], 0)
+    left = left_of(explained.edits.segment(b))
+    copy, ratio = near_copies(explainer, left)
+    all_cells = in_class.sum(0)
+    columns = {
+        "class": np.array(explained.classes, object)[p.labels],
+        "name": [explained.edits.names(b).get(k, "") for k in range(count)],
+        "images": there.sum(0),
+        "cells": 100 * cells.sum(0) / max(1, q_s.numel()),
+        "right": (there & right).sum(0),
+        "wrong": (there & wrong).sum(0),
+        "elsewhere": 100 * elsewhere.sum(0) / all_cells,
+        "most_with": np.where(elsewhere.amax(0) > 0, np.array(explained.classes, object)[elsewhere.argmax(0)], ""),
+    }
+    table = pd.DataFrame(columns, pd.Index(range(count), name="prototype")).loc[left.tolist()]
+    table["copy_of"], table["copy_distance"] = copy.numpy(), ratio.numpy()
+    if b in explained.refits:
+        table["exists"] = explained.refits[b].exists[left].numpy()
+    return table
+
+
+def near_copies(explainer: "EncoderKMeans", left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each prototype ``left`` [n] the nearest other one, and how far it is, [n] each.
+
+    The distance is in units of the root mean square distance of its class's training rows from their own centroids.
+    """
+    p = explainer.prototypes
+    rows = torch.zeros(explainer.classes, dtype=torch.float64).index_add_(0, p.labels, p.sizes.double())
+    radius = (p.inertia / rows).sqrt()[p.labels[left]]
+    vectors = p.vectors[left].double()
+    distance = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    nearest = distance.min(1)
+    return left[nearest.indices], nearest.values / radius
