@@ -17,8 +17,8 @@ from .interpretation import Interpretation, Patch
 def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title: str = "") -> Figure:
     """The interpretation process of one image, uint8 [H, W, 3].
 
-    The interpretations, one per explainer, are drawn from left to right (the paper: B4, B234). Attributions are red
-    above the centre of their scale and blue below; where zero lies is ticked, or pointed to.
+    The interpretations, one per explainer, are drawn from left to right (the paper: B4, B234). Each attribution is red
+    above its own mean and blue below; where zero lies is ticked, or pointed to.
     """
     figure = plt.figure(figsize=(5.2 * len(interpretations), 4.7))
     if title:
