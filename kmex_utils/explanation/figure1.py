@@ -81,7 +81,7 @@ def _draw_patch(axes: Axes, patch: Patch, colour: Colour, decimals: int) -> None
     axes.imshow(patch.pixels, interpolation="antialiased")  # else lines are lost where it is drawn smaller
     points = "" if patch.contribution is None else f" · {patch.contribution:+.{decimals}f}"
     words, name = percent(patch.share) + points, short(patch.class_name, 15, 2)
-    beside = len(name) + len(words) < 16
+    beside = len(f"{name} · {words}") <= 15  # characters above a patch
     axes.set_title(f"{name} · {words}" if beside else f"{name}\n{words}", fontsize=8 if beside else 7, pad=3)
     for spine in axes.spines.values():
         spine.set(visible=True, color=colour, linewidth=3)
