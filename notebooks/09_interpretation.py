@@ -55,8 +55,8 @@ explained
 #
 # The map's colours are the borders of the patches: for each prototype the closest training example, with the segment
 # it lies in outlined. Above each patch, the prototype's class, the share of the image it covers and the points that
-# its segment adds to the score. Red is more attribution than the map's mean, blue less, on one scale for both depths:
-# behind a ReLU nearly every position speaks for the class. Where zero lies is ticked beside the scale, or pointed to.
+# its segment adds to the score. Red is more attribution than the map's own mean, blue less: behind a ReLU nearly every
+# position speaks for the class. Where zero lies is ticked beside the scale, or pointed to.
 
 # %%
 from kmex_utils import drawing, paths

@@ -75,9 +75,16 @@ def test_new_images_are_shown_and_exported_from_what_was_saved(saved, tmp_path, 
     panels = [tmp_path / "panels" / f"panel-{i}.png" for i in (0, 1)]
     assert capsys.readouterr().out.split() == [str(panel) for panel in panels]
     assert all(Image.open(panel).size[0] > 100 for panel in panels)
-    folders = ["export", str(saved), str(tmp_path / "new"), "--out", str(tmp_path / "maps")]
+    contrast = ["--target", "0", "1"]
+    assert cli.main(["show", str(saved), new[0], *contrast, "--overlay", "--out", str(tmp_path / "laid")]) == 0
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "laid" / f"{name}-0.png") for name in ("panel", "map", "attribution")
+    ]
+    assert Image.open(tmp_path / "laid" / "map-0.png").size == (60, 90)
+    folders = ["export", str(saved), str(tmp_path / "new"), *contrast, "--out", str(tmp_path / "maps")]
     assert cli.main([*folders, "--maps", "png", "--device", "cpu"]) == 0
-    assert len(pd.read_parquet(tmp_path / "maps" / "images.parquet")) == 3
+    table = pd.read_parquet(tmp_path / "maps" / "images.parquet")
+    assert len(table) == 3 and set(table.target) == {"0 − 1"}
     assert cli.main(folders) == 2 and "exists" in capsys.readouterr().err
 
 

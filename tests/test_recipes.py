@@ -107,6 +107,15 @@ def test_server(run, place):
         assert image.size == (int(150 * width), int(150 * height)) and np.ptp(np.asarray(image)) > 200
 
 
+def test_contrast(run, place):
+    names = run("This class and not that one, on the picture itself")
+    explained, part = names["explained"], names["part"]
+    tench, goldfish = explained.seen(explained.picture("new.jpg")).y[0, :2] - explained.network.b[:2]
+    assert part.total == pytest.approx(float(tench - goldfish), rel=1e-3)
+    assert Image.open(place / "overlay.png").size == Image.open("new.jpg").size
+    assert (place / "contrast.png").stat().st_size > 5000
+
+
 def test_tomorrow(run, place):
     run("Tomorrow, with new images")
     table = pd.read_parquet(place / "maps" / "images.parquet")

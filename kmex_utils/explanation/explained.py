@@ -83,16 +83,16 @@ class Seen(NamedTuple):
 class Attributed(NamedTuple):
     """Attributions of images to a class, or to one minus another: ``target``, [1, n] or [2, n].
 
-    ``maps`` att(b:) by start block [n, H_b, W_b], ``contributions`` of each prototype's segment to the score [n, K_b];
-    of the colour scale, the same for all blocks, ``centre`` (the last map's mean, by eq. 5 the score over ||c_j||²) and
-    ``half`` its width, [n] each: as far as a map goes from the centre, at least what a random column would give.
+    By start block: ``maps`` att(b:) [n, H_b, W_b], ``contributions`` of each prototype's segment to the score [n, K_b],
+    and of each map's colour scale its ``centre``, the map's mean, and its ``half`` width: as far as the map goes from
+    there, at least what columns of random directions would reach, [n] each.
     """
 
     target: torch.Tensor
     maps: dict[int, torch.Tensor]
     contributions: dict[int, torch.Tensor]
-    centre: torch.Tensor
-    half: torch.Tensor
+    centre: dict[int, torch.Tensor]
+    half: dict[int, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -506,10 +506,10 @@ class Explained:
             att = _contrast([attribution(h, c) for c in columns])
             dots = _contrast([torch.einsum("ndhw,nd->nhw", h, c) for c in columns])
         maps = carried(att, seen.maps, align_corners, start=start)
-        centre = maps[max(maps)].mean((1, 2))
         floor = torch.stack([chance(h, c) for c in columns]).square().sum(0).sqrt()  # two random columns: in squares
-        reached = torch.stack([(a - centre[:, None, None]).abs().amax((1, 2)) for a in maps.values()]).amax(0)
-        half = torch.maximum(reached, floor).clamp_min(torch.finfo(att.dtype).tiny)
+        floor = floor.clamp_min(torch.finfo(att.dtype).tiny)
+        centre = {b: a.mean((1, 2)) for b, a in maps.items()}
+        half = {b: (a - centre[b][:, None, None]).abs().amax((1, 2)).maximum(floor) for b, a in maps.items()}
         points = {
             b: contributions(dots, q_s, len(self.explainers[b].prototypes), align_corners)
             for b, q_s in seen.maps.items()
@@ -550,8 +550,8 @@ class Explained:
                     attribution=attributed.maps[b][0].numpy(),
                     patches=tuple(replace(p, contribution=float(points[p.prototype])) for p in patches),
                     target=tuple(self.network.classes[j] for j in attributed.target[:, 0]),
-                    centre=float(attributed.centre),
-                    half=float(attributed.half),
+                    centre=float(attributed.centre[b]),
+                    half=float(attributed.half[b]),
                     total=float(points.sum()),
                 )
             parts.append(part)

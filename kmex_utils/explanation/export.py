@@ -59,8 +59,8 @@ def export(
     ``maps/<file>.npz``
         by explainer the prototype indices (``B4`` …, int32) and attributions (``attribution_B4`` …, float32), each
         [H_b, W_b]; or, with ``maps="png"``, ``maps/<file>.B4.png`` with the indices as 16-bit grey and
-        ``maps/<file>.B4.attribution.png`` with attribution = ``attribution_centre`` + (value / 65535 - 0.5) * 2 *
-        ``attribution_half``, columns of ``images.parquet``: the scale of the panels' colours;
+        ``maps/<file>.B4.attribution.png`` with attribution = (value / 65535 - 0.5) * 2 * ``attribution_limit``, a
+        column of ``images.parquet``;
     ``settings.json``
         everything that made them.
 
@@ -130,7 +130,7 @@ def _schemas(explained: "Explained") -> dict[str, pa.Schema]:
     text, number, index = pa.string(), pa.float64(), pa.int64()
     classes = [f"KMEx-{k}" for k in explained.kmex] + [explained.name(b) for b in explained.explainers]
     images = {"file": text, "predicted": text, "predicted_index": index, "target": text}
-    images |= dict.fromkeys(("score", "probability", "attribution_centre", "attribution_half"), number)
+    images |= dict.fromkeys(("score", "probability", "attribution_limit"), number)
     images |= dict.fromkeys((*classes, "error"), text)
     segments = {"file": text, "explainer": text, "prototype": index, "class": text}
     segments |= dict.fromkeys(("share", "attribution", "contribution"), number)
@@ -168,7 +168,7 @@ def _batch(
         image |= {name: explained.classes[int(predicted[n])] for name, predicted in classes.items()}
         if attributed:
             image["target"] = " − ".join(network.classes[j] for j in attributed.target[:, n])
-            image |= {f"attribution_{part}": float(getattr(attributed, part)[n]) for part in ("centre", "half")}
+            image["attribution_limit"] = max(float(a[n].abs().max()) for a in attributed.maps.values())
         arrays = {explained.name(b): q_s[n].numpy().astype(np.int32) for b, q_s in seen.maps.items()}
         for b in seen.maps:
             name = explained.name(b)
@@ -195,8 +195,7 @@ def _save_maps(stem: Path, arrays: dict[str, Any], maps: str, image: dict[str, A
         ending = f"{name}.png"
         if name.startswith("attribution_"):
             ending = f"{name.removeprefix('attribution_')}.attribution.png"
-            values = (values - image["attribution_centre"]) / (2 * image["attribution_half"])
-            values = (WHITE * (0.5 + values)).round().clip(0, WHITE)
+            values = (WHITE * (0.5 + values / (2 * (image["attribution_limit"] or 1.0)))).round().clip(0, WHITE)
         with replacing(stem.with_name(f"{stem.name}.{ending}")) as temporary:
             Image.fromarray(values.astype(np.uint16)).save(temporary)
 

@@ -17,8 +17,8 @@ from .interpretation import Interpretation, Patch
 def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title: str = "") -> Figure:
     """The interpretation process of one image, uint8 [H, W, 3].
 
-    The interpretations, one per explainer, are drawn from left to right (the paper: B4, B234). Attributions are red
-    above the centre of their scale and blue below; where zero lies is ticked, or pointed to.
+    The interpretations, one per explainer, are drawn from left to right (the paper: B4, B234). Each attribution is red
+    above its own mean and blue below; where zero lies is ticked, or pointed to.
     """
     wide = 1 if all(i.certainty is None for i in interpretations) else 4 / 3
     figure = plt.figure(figsize=(5.2 * wide * len(interpretations), 4.7))
@@ -90,7 +90,7 @@ def _draw_patch(axes: Axes, patch: Patch, colour: Colour, decimals: int) -> None
     axes.imshow(patch.pixels, interpolation="antialiased")  # else lines are lost where it is drawn smaller
     points = "" if patch.contribution is None else f" · {patch.contribution:+.{decimals}f}"
     words, name = percent(patch.share) + points, short(patch.label, 15, 2)
-    beside = len(name) + len(words) < 16
+    beside = len(f"{name} · {words}") <= 15  # characters above a patch
     axes.set_title(f"{name} · {words}" if beside else f"{name}\n{words}", fontsize=8 if beside else 7, pad=3)
     for spine in axes.spines.values():
         spine.set(visible=True, color=colour, linewidth=3)
