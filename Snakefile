@@ -15,6 +15,7 @@ FIGURES = config.get("figures", "figures")
 DATASETS = config["datasets"]
 SEEDS = config["seeds"]
 REPORT = config.get("report", "report")  # folder of notebook 15's page beside the figures
+STUDIES = config.get("studies", [])  # folders beside the figures whose fidelity and section 5 the report carries too
 CONFIG = str(workflow.configfiles[-1])
 
 RUN = f"{RUNS}/{{dataset}}/seed-{{seed}}"  # one training
@@ -23,7 +24,7 @@ TABLES = f"{FIGURES}/{{dataset}}"
 PER_SEED = ["01_train", "02_cnn_as_sem", "03_kmex", "04_encoder", "05_protopnet"]
 TRAININGS = ["01_train", "05_protopnet"]
 STAGES = ["train", "sem", "kmex", "encoder", "protopnet"]
-PER_DATASET = ["06_alignment", "07_accuracy", "08_umap", "09_interpretation"]
+PER_DATASET = ["06_alignment", "07_accuracy", "08_umap", "09_interpretation", "17_faithfulness", "19_certainty"]
 TAKES = {  # parameters a data set's entry in the configuration may set, beside those the rules give
     "01_train": ["folder", "classes", "crop", "images_per_class", "validation", "held_out", "image_size", "flip",
                  "padding", "arch", "arch_args", "weights", "bias", "epochs", "batch_size", "learning_rate", "momentum",
@@ -314,16 +315,16 @@ rule interpretation:
 
 
 rule faithfulness:
-    """17: whether the attribution points at what the network uses; asked for by `extras`."""
+    """17: whether the attribution points at what the network uses, of the first seed."""
     input:
-        of_seeds(f"{RUN}/training.json"),
+        of_first_seed(f"{RUN}/training.json"),
         code=code("17_faithfulness"),
     output:
         f"{TABLES}/faithfulness.csv",
         f"{TABLES}/faithfulness.png",
         f"{TABLES}/faithfulness.pdf",
     params:
-        given=given("17_faithfulness", seeds=seeds, threads=config["threads"], figures_folder=FIGURES),
+        given=given("17_faithfulness", seeds=lambda wildcards: [first_seed(wildcards)], threads=config["threads"], figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/17_faithfulness.ipynb",
     benchmark:
@@ -336,7 +337,7 @@ rule faithfulness:
 
 
 rule certainty:
-    """19: how sure a map is, over refits; asked for by `extras`."""
+    """19: how sure a map is, over refits."""
     input:
         of_seeds(f"{RUN}/training.json"),
         code=code("19_certainty"),
@@ -470,12 +471,13 @@ rule depth:
 rule report:
     """15: paper and ours over all data sets; asked for by `extras`."""
     input:
-        expand(f"{TABLES}/{{product}}", dataset=DATASETS, product=["table1.csv", "table2.csv", "figure1.png", "figure2.png", "ledger.csv", "depth.csv"]),
+        expand(f"{TABLES}/{{product}}", dataset=DATASETS, product=["table1.csv", "table2.csv", "figure1.png", "figure2.png", "ledger.csv", "depth.csv", "concepts.csv"]),
+        expand(f"{TABLES}/fidelity.csv", dataset=WITH_PARTS),
         code=code("15_report"),
     output:
         f"{FIGURES}/{REPORT}/report.md",
     params:
-        given=shlex.quote(json.dumps({"datasets": list(DATASETS), "config": CONFIG, "name": REPORT, "runs": RUNS, "figures_folder": FIGURES})),
+        given=shlex.quote(json.dumps({"datasets": list(DATASETS), "config": CONFIG, "name": REPORT, "studies": STUDIES, "runs": RUNS, "figures_folder": FIGURES})),
     log:
         f"{RUNS}/{REPORT}/notebooks/15_report.ipynb",
     shell:
@@ -505,7 +507,7 @@ rule extras:
     """What goes beyond the paper: subsets, open choices, depth, fidelity, concepts, the report and scaling."""
     input:
         f"{FIGURES}/{REPORT}/report.md",
-        expand(f"{TABLES}/{{study}}.csv", dataset=DATASETS, study=["subset", "ledger", "depth", "faithfulness", "certainty", "concepts"]),
+        expand(f"{TABLES}/{{study}}.csv", dataset=DATASETS, study=["subset", "ledger", "depth", "concepts"]),
         expand(f"{TABLES}/fidelity.csv", dataset=WITH_PARTS),
         f"{FIGURES}/scaling/fit.csv",
 
@@ -525,7 +527,7 @@ rule html_of_run:
 rule html_of_data:
     """Every executed notebook over a data set's trainings as a page."""
     input:
-        expand(f"{TABLES}/{{product}}", product=["table1.csv", "table2.csv", "figure1.png", "figure2.png"], allow_missing=True),
+        expand(f"{TABLES}/{{product}}", product=["table1.csv", "table2.csv", "figure1.png", "figure2.png", "faithfulness.csv", "certainty.csv"], allow_missing=True),
     output:
         pages(DATA, PER_DATASET),
     params:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from . import paths
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .explanation.explained import Explained, Picture
     from .networks import Network
 
@@ -111,6 +113,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help=device)
     add("--resume", action="store_true", help="continue an interrupted export")
 
+    add = command(measure)
+    add("saved", type=Path, help=saved)
+    add("images", help="the folder it was made from")
+    add("--annotations", default="", help="of the images: keypoints or boxes as CSV, or a folder of masks")
+    add("--count", type=int, default=20, help="held-out images to measure faithfulness on (default: 20)")
+    add("--steps", type=int, default=10, help="of a curve of deletion or insertion (default: 10)")
+    add("--refits", type=int, default=3, help="of k-means, from other seeds (default: 3)")
+    add("--out", type=Path, help="folder for the tables (default: SAVED)")
+    add("--device", default="auto", help=device)
+
     for run in (batch, estimate):
         add = command(run)
         add("config", type=Path, help="config/quick.yaml, config/paper.yaml or your own")
@@ -199,6 +211,29 @@ def export(options: argparse.Namespace) -> int:
     how = {name: getattr(options, name) for name in ("target", "maps", "device", "resume")}
     print(Explained.load(options.saved).export(options.out, options.images, **how))
     return 0
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Measure how far a saved explanation can be believed: faithfulness, certainty, and fidelity to annotated parts."""
+    from .evaluation.measured import measured
+    from .explanation.explained import Explained
+    from .store import save_text
+
+    explained, out = Explained.load(options.saved, images=options.images), options.out or options.saved
+    how = {"images": options.count, "steps": options.steps, "refits": options.refits}
+    tables = measured(explained, options.annotations, **how, device=options.device)
+    for name, table in tables.items():
+        save_text(out / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+        print(f"\n{out / name}.csv")
+        print(SHOWN[name](table).to_string(float_format="{:.2f}".format, na_rep="–"))
+    return 0
+
+
+SHOWN: dict[str, Callable[["pd.DataFrame"], "pd.DataFrame"]] = {
+    "certainty": lambda table: table.pivot(index="measure", columns="explainer", values="value"),
+    "fidelity": lambda table: table.set_index("explainer")[["grid", "nmi", "null_nmi", "ceiling_nmi", "ari", "purity"]],
+    "faithfulness": lambda table: table.pivot(index="method", columns="measure", values="value"),
+}
 
 
 def _configuration(options: argparse.Namespace) -> Path:

@@ -47,6 +47,8 @@ held_out: float = 0.2  # share of each class kept from the prototypes where the 
 restarts: int = 3  # of k-means; the best is kept
 seed: int = 0  # of k-means and of the held-out images
 image: str = ""  # index or name of the image looked at; empty: the first held-out one
+annotations: str = ""  # of the images: keypoints or boxes as CSV, or a folder of masks; empty: none
+refits: int = 1  # of k-means from other seeds, to see how sure maps are; each takes as long as the fit
 target: str = ""  # class to attribute to; empty: the network's prediction
 against: str = ""  # class whose attribution is subtracted, for a contrast of the two; empty: none
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
@@ -185,6 +187,43 @@ explained.overlay(which, target=to, of="attribution" if network.form else "map")
 # %%
 explorer = explained.explorer(which)
 explorer
+# %% [markdown]
+# ## How far can it be believed?
+#
+# Three questions, each with what chance alone would give (`null`); notebooks 16, 17 and 19 ask them at length. Would
+# the map come out again? The share of positions that keep prototype and class when $k$-means starts from other seeds:
+
+# %%
+from kmex_utils.evaluation.measured import measured
+
+how = {"images": 10, "steps": 6, "refits": refits, "device": device}
+tables = measured(explained, paths.resolve(annotations) if annotations else "", **how)
+if refits:
+    sure = tables["certainty"].pivot(index="explainer", columns="measure", values=["value", "null"])
+    shown = sure.swaplevel(axis=1)[["prototype", "class", "prediction"]].round(2)
+shown if refits else "no refits"
+
+# %% [markdown]
+# Does the attribution point at what the network uses? Low is good for deletion and ROAD, high for insertion and, where
+# boxes or masks are known, inside them. Beyond the null by more than twice `margin_spread`, the order of the segments
+# says something.
+
+# %%
+if "faithfulness" in tables:
+    by_measure = tables["faithfulness"].set_index(["measure", "method"])
+    shown = by_measure.loc[["ROAD", "insertion, blur"]].round(3)
+shown if "faithfulness" in tables else "there are no attributions: eq. 11 does not hold"
+
+# %% [markdown]
+# Do prototypes mean parts? Where keypoints or masks are given: how much of the part at a position its prototype tells
+# (NMI), beside the null, what the place alone tells (*position*), and the most that a map of this grid could.
+
+# %%
+if "fidelity" in tables:
+    columns = ["explainer", "grid", "nmi", "null_nmi", "ceiling_nmi", "purity"]
+    shown = tables["fidelity"][columns].round(1)
+shown if "fidelity" in tables else "no keypoints or masks were given"
+
 # %% [markdown]
 # ## Keep and send
 #

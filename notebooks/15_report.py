@@ -25,6 +25,7 @@
 datasets: list[str] = ["mnist-mini"]  # data sets whose notebooks have run
 config: str = ""  # the batch configuration that made the runs, e.g. config/scratch.yaml; printed in the report
 beside: str = ""  # another report's folder, e.g. figures/report: its networks stand beside in the picture of weightings
+studies: list[str] = []  # folders below figures_folder whose fidelity and section 5 count too, e.g. frozen/cub200
 name: str = "report"  # the report goes to <figures_folder>/<name>/
 runs: str = "runs"  # where the earlier notebooks left their results
 figures_folder: str = "figures"  # where tables and figures of the data sets are
@@ -98,7 +99,12 @@ from kmex_utils.paper import claims
 
 k_over_c = {d: report.own_prototypes_per_class(runs, d) for d in datasets}
 records = {d: pd.concat([pd.read_csv(folder / d / f"table{i}-seeds.csv") for i in (1, 2)]) for d in datasets}
-relations = pd.concat([claims.check_relations(records[d], d, k_over_c[d]) for d in datasets])
+relations = [claims.check_relations(records[d], d, k_over_c[d]) for d in datasets]
+checks = {"fidelity-differences": claims.check_fidelity, "section5": claims.check_section5}
+for stem, check in checks.items():  # of notebooks 16 and 18, where they have run
+    tables = {d: folder / d / f"{stem}.csv" for d in [*datasets, *studies]}
+    relations += [check(pd.read_csv(path), d) for d, path in tables.items() if path.exists()]
+relations = pd.concat(relations, ignore_index=True)
 relations.round(2)
 
 # %% [markdown]

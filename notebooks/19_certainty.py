@@ -37,7 +37,7 @@ scales: list[str] = ["1/D", "1"]  # factors of eq. 8: 1/D, 1/sqrt(D) or 1
 prototypes_per_class: int = 0  # K/C; 0: the data set's own
 refits: int = 5  # from other seeds, beside the first fit
 restarts: int = 3  # of k-means in each fit; the best is kept, so more of them make refits more alike
-fit_on: int = 100  # the first so many images of each class, of either split; 0: all
+fit_on: int = 50  # the first so many images of each class, of either split; 0: all
 shown: int = 4  # test images drawn, each the first of its class
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
 threads: int = 0  # CPU threads; 0: as the environment says
@@ -82,7 +82,7 @@ def images_of(run):
 # %%
 import torch
 
-from kmex_utils.evaluation.certainty import agreement, refitted
+from kmex_utils.evaluation.certainty import agreement, by_chance, refitted
 
 
 def fitted(passed, b, scale, k, seed, **options):
@@ -93,21 +93,6 @@ def fitted(passed, b, scale, k, seed, **options):
 
 
 # %% [markdown]
-# Shuffled: positions in place of places, images in place of images.
-
-# %%
-from kmex_utils.evaluation.fidelity import shuffled
-
-
-def null_of(explainer, q_s, others, seed):
-    """What is left of each measure."""
-    other_images = others[:, torch.randperm(len(q_s), generator=torch.Generator().manual_seed(seed))]
-    swapped = agreement(explainer, q_s, other_images)
-    measures = agreement(explainer, q_s, shuffled(others, seed))
-    return measures | {name: swapped[name] for name in ("prediction", "prediction_always")}
-
-
-# %% [markdown]
 # Each measure with its spread over refits and over images, and both controls.
 
 
@@ -115,7 +100,7 @@ def null_of(explainer, q_s, others, seed):
 def records_of(passed, b, scale, k, seed):
     """A record for each measure, and the maps."""
     explainer, q_s, others = fitted(passed, b, scale, k, seed, restarts=restarts)
-    null = null_of(explainer, q_s, others, seed)
+    null = by_chance(explainer, q_s, others, seed)
     random_rows = agreement(*fitted(passed, b, scale, k, seed, start="random", restarts=1, max_iterations=0))
     records = []
     for measure, values in agreement(explainer, q_s, others).items():

@@ -218,7 +218,7 @@ def test_kill_and_resume(tmp_path):
     executed = json.loads((results / "notebooks" / "01_train.ipynb").read_text())
     assert "resuming after epoch" in json.dumps(executed)
     pages = list((cut / "runs").glob("**/notebooks/*.html"))
-    assert len(pages) == 9
+    assert len(pages) == 11
 
 
 @pytest.mark.batch

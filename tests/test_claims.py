@@ -1,5 +1,6 @@
 """What counts as outside the spread, and what holds."""
 
+import io
 import math
 
 import numpy as np
@@ -92,3 +93,26 @@ def test_the_paper_meets_its_own_criteria(dataset, own):
     assert len(printed) == 7
     for relation in printed:
         assert relation.holds(relation.value(numbers)), relation.claim
+
+
+def test_fidelity_holds_where_the_interval_excludes_zero():
+    columns = ["seed", "more", "than", "metric", "difference", "low", "high"]
+    differences = pd.DataFrame(
+        [
+            (0, "B34, 1", "B4, 1/D", "nmi", 6.0, 5.0, 7.0),
+            (1, "B34, 1", "B4, 1/D", "nmi", 4.0, -0.5, 8.0),
+            (0, "B34, 1", "B4, 1/D", "purity", 9.0, 8.0, 10.0),
+            (0, "B4, 1/D", "ProtoPNet", "nmi", 3.0, 2.0, 4.0),
+        ],
+        columns=columns,
+    )
+    (row,) = claims.check_fidelity(differences, "cub200").to_dict("records")
+    assert row["measure"] == "NMI_m, B34, 1 - B4, 1/D, points" and row["seeds"] == 2 and row["holds_in"] == 1
+    assert row["mean"] == 5 and row["std"] == pytest.approx(math.sqrt(2)) and math.isnan(row["paper"])
+
+
+def test_section_5_is_carried_as_saved():
+    text = "claim,measure,value,spread,chance,holds if,holds\nneurons are often redundant,share,3.5,,0,above 25,False\n"
+    (row,) = claims.check_section5(pd.read_csv(io.StringIO(text)), "cub200").to_dict("records")
+    assert (row["claim"], row["criterion"]) == ("section 5: neurons are often redundant", "above 25")
+    assert (row["mean"], row["holds_in"], row["seeds"]) == (3.5, 0, 1)

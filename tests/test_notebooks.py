@@ -301,7 +301,7 @@ def test_faithfulness(story, passed):
     """Every method by every measure, the null beside it; B234's deletion again, pixel by pixel."""
     folder = story / "figures" / "mnist-mini"
     table = pd.read_csv(folder / "faithfulness.csv").fillna({"scale": ""})
-    columns = "method scale draw measure value spread null margin_spread seed grid images seconds"
+    columns = "method scale draw measure value spread null margin_spread seed grid images"
     assert list(table) == columns.split() and (table.images == 2).all()
     ours = {("B4", "1/D"), ("B34", "1/D"), ("B34", "1"), ("B234", "1/D"), ("B234", "1")}
     named = {"CAM", "Grad-CAM", "LayerCAM", "LayerCAM, block 2", "Integrated Gradients", "occlusion", "RISE"}

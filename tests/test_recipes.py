@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import kmex_utils as kmex
 from kmex_utils import paths
+from kmex_utils.evaluation.certainty import certainty
 from kmex_utils.networks.catalogue import weights_file
 
 pytest_plugins = ("tests.fixtures_explained",)
@@ -154,8 +155,9 @@ def test_scikit_image(run):
 def test_how_faithful_and_how_sure(run):
     names = run("How faithful, and how sure")
     methods = ["B4", "B34", "B234", "CAM", "centre", "edges", "random pixels"]
-    assert names["table"].method.drop_duplicates().tolist() == methods
-    road = names["table"].query("measure == 'ROAD'").set_index("method")
+    assert names["faithful"].method.drop_duplicates().tolist() == methods
+    road = names["faithful"].query("measure == 'ROAD'").set_index("method")
     assert road.value.between(0, 1).all() and road.value["random pixels"] == road.null["random pixels"]
-    held_out = names["explained"].dataset.test
-    assert names["kept"].shape == (len(held_out), 7, 7) and set(names["kept"].unique().tolist()) <= {0, 0.5, 1}
+    kept = names["sure"].query("measure == 'prototype'").set_index("explainer")
+    last = certainty(names["explained"], names["explained"].explainers[4], 2, restarts=3)
+    assert kept.value["B4"] == pytest.approx(last.mean().item(), abs=1e-6)

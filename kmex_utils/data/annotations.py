@@ -123,6 +123,18 @@ def boxes(dataset: Dataset, source: str | Path = "") -> dict[str, torch.Tensor]:
 # --- where annotations lie ------------------------------------------------------------------------------------------
 
 
+def known(dataset: Dataset, source: str | Path = "") -> tuple[dict[str, Parts] | None, dict[str, torch.Tensor] | None]:
+    """Parts and boxes by split, or None for what ``source`` does not tell: a table has either, masks have both."""
+    if not source and not _is_cub(dataset):
+        return None, None
+    place = paths.located(source) if source else None
+    if place is None or not place.is_file():
+        return parts(dataset, source), boxes(dataset, source)
+    with place.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        columns = next(csv.reader(file), [])
+    return (None, boxes(dataset, source)) if "width" in columns else (parts(dataset, source), None)
+
+
 def _is_cub(dataset: Dataset) -> bool:
     return dataset.settings.get("source") == "cub200"
 

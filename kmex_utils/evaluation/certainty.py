@@ -9,7 +9,7 @@ from ..explanation.explained import Explained
 from ..explanation.passed import Passed
 from ..method.explainers import EncoderKMeans
 from ..method.prototypes import Prototypes
-from .fidelity import adjusted_for_chance, pairs
+from .fidelity import adjusted_for_chance, pairs, shuffled
 
 
 def certainty(of: Passed | Explained, explainer: EncoderKMeans, refits: int = 5, **options: Any) -> torch.Tensor:
@@ -85,6 +85,31 @@ def agreement(explainer: EncoderKMeans, q_s: torch.Tensor, others: torch.Tensor)
     )
     measures["adjusted_rand"] = torch.stack([adjusted_rand(q_s.view(1, -1), other.view(1, -1)) for other in others])
     return measures
+
+
+def by_chance(explainer: EncoderKMeans, q_s: torch.Tensor, others: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    """:func:`agreement` with the positions of each refit's map shuffled; of the prediction with its images shuffled."""
+    other_images = others[:, torch.randperm(len(q_s), generator=torch.Generator().manual_seed(seed))]
+    swapped = agreement(explainer, q_s, other_images)
+    measures = agreement(explainer, q_s, shuffled(others, seed))
+    return measures | {name: swapped[name] for name in ("prediction", "prediction_always")}
+
+
+def records(
+    passed: Passed, explainer: EncoderKMeans, refits: int = 5, *, seed: int = 0, **options: Any
+) -> list[dict[str, Any]]:
+    """Each measure of :func:`agreement` with refits on the test images: value, spread over refits, null by chance."""
+    q_s = passed.map(explainer, "test")
+    fits = refitted(passed, explainer, refits, seed=seed, **options)
+    others = torch.stack([passed.map(refit, "test") for refit in fits])
+    null = by_chance(explainer, q_s, others, seed)
+    rows = []
+    for measure, values in agreement(explainer, q_s, others).items():
+        spread = float(values.mean(1).std()) if len(values) > 1 else float("nan")
+        rows.append(
+            {"measure": measure, "value": float(values.mean()), "spread": spread, "null": float(null[measure].mean())}
+        )
+    return rows
 
 
 def adjusted_rand(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -412,13 +412,19 @@ def summary(values: Mapping[str, torch.Tensor], null: Mapping[str, torch.Tensor]
 
 
 def table(
-    explained: "Explained", images: Sequence["AnyImage"], *, steps: int = 20, seed: int = 0, device: str = "cpu"
+    explained: "Explained",
+    images: Sequence["AnyImage"],
+    *,
+    boxes: torch.Tensor | None = None,
+    steps: int = 20,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> "pd.DataFrame":
     """Deletion, insertion and ROAD of the predicted class, for att(b:) of every start block, CAM and controls.
 
-    ``images`` as :meth:`Explained.picture` takes them. Columns: ``method``, then those of :func:`summary`; the null of
-    att(b:) and CAM are their own pieces in random order, of the controls random pixels. A ValueError where eq. 11 does
-    not hold.
+    ``images`` as :meth:`Explained.picture` takes them; with their ``boxes`` localisation too. Columns: ``method``, then
+    those of :func:`summary`; the null of att(b:) and CAM are their own pieces in random order, of the controls random
+    pixels. A ValueError where eq. 11 does not hold.
     """
     import pandas as pd
 
@@ -428,7 +434,7 @@ def table(
     by_block, raw = (explained.attributions(seen, start=start) for start in ("segments", "raw"))
     if by_block is None or raw is None:
         raise ValueError(f"there are no attributions, as eq. 11 does not hold for {network.name}: {network.between}")
-    bench = Bench(network, x, steps=steps, seed=seed)
+    bench = Bench(network, x, steps=steps, seed=seed, boxes=boxes)
     random = bench.null(torch.rand(x[:, 0].shape, generator=bench.generator))
     on_grids = {explained.name(b): att for b, att in by_block.items()} | {"CAM": raw[explained.start_blocks[0]]}
     found = {}

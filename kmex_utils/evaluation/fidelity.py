@@ -103,8 +103,8 @@ class Fidelity:
     def scores(self) -> dict[str, float]:
         """NMI_m, ARI_m and purity in %, those of the null, of the optimistic mapping, and raw NMI and ARI."""
         named = {"": self.tables, "null_": self.null, "optimistic_": self.optimistic}
-        values = {f"{name}{metric}": v for name, t in named.items() for metric, v in _percent(t.sum(0)).items()}
-        raw = _percent(self.raw)
+        values = {f"{name}{metric}": v for name, t in named.items() for metric, v in percent(t.sum(0)).items()}
+        raw = percent(self.raw)
         return values | {"raw_nmi": raw["nmi"], "raw_ari": raw["ari"]}
 
     def bootstrap(self, draws: int = 1000, seed: int = 0) -> dict[str, Tensor]:
@@ -147,7 +147,8 @@ def shuffled(maps: Tensor, seed: int) -> Tensor:
     return maps.flatten(-2).gather(-1, keys.argsort(-1)).view_as(maps)
 
 
-def _percent(table: Tensor) -> dict[str, float]:
+def percent(table: Tensor) -> dict[str, float]:
+    """NMI, ARI and purity in % of one contingency table [P, Q]."""
     return {metric: 100 * value.item() for metric, value in agreement(table[None]).items()}
 
 

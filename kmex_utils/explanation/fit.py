@@ -172,7 +172,7 @@ def _stand_in(explained: Explained, passed: Passed, log: Callable[[str], None]) 
             f"{int(left_out.sum())} images of {len(left_out)} predicted classes with fewer than K/C = {count} images "
             "make no prototypes"
         )
-    labels = {split: _relabelled(y.argmax(1), kept) for split, y in passed.y.items()}
+    labels = {split: relabelled(y.argmax(1), kept) for split, y in passed.y.items()}
     dataset = explained.dataset
     assert dataset is not None
     train, test = (replace(dataset.split(split), labels=labels[split]) for split in SPLITS)
@@ -182,7 +182,8 @@ def _stand_in(explained: Explained, passed: Passed, log: Callable[[str], None]) 
     return replace(passed, labels=labels, classes=classes)
 
 
-def _relabelled(predicted: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def relabelled(predicted: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Where each of some outputs of the network stands among those ``kept``; -1 where it does not."""
     same = predicted[:, None] == kept
     return torch.where(same.any(1), same.int().argmax(1), -1)
 
@@ -208,7 +209,7 @@ def _table(explained: Explained, z: dict[str, torch.Tensor], log: Callable[[str]
         if network.form in ("linear", "scaled"):
             vectors["CNN"] = network.c[outputs].cpu(), torch.arange(len(outputs))
         if not explained.predictions_as_labels:
-            class_of = _relabelled(torch.arange(len(network.classes)), outputs)
+            class_of = relabelled(torch.arange(len(network.classes)), outputs)
             predicted["CNN"] = {split: class_of[explained.y[split].argmax(1)] for split in z}
     for count, kmex in explained.kmex.items():
         name = f"KMEx (K/C={count})"

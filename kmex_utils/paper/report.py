@@ -162,8 +162,12 @@ def summary(relations: pd.DataFrame, prices: pd.DataFrame) -> list[str]:
     lines = []
     for claim, rows in relations.groupby("claim", sort=False):
         missed = rows[rows.holds_in != rows.seeds]
-        counts = [f"{row.dataset} ({row.holds_in} of {row.seeds} seeds)" for row in missed.itertuples()]
-        holds, data_sets = ("does not hold", counts) if counts else ("holds", rows.dataset)
+        several = rows.dataset.duplicated().any()
+        counts = [
+            f"{row.dataset} ({f'{row.measure}: ' if several else ''}{row.holds_in} of {row.seeds} seeds)"
+            for row in missed.itertuples()
+        ]
+        holds, data_sets = ("does not hold", counts) if counts else ("holds", rows.dataset.unique())
         lines.append(f"{claim}: {holds} in every seed of {', '.join(data_sets)}.")
     for dataset, rows in prices[prices.model == "B234"].groupby("dataset", sort=False) if len(prices) else ():
         lost = rows.set_index(["question", "option"])["mean"]
