@@ -135,7 +135,7 @@ def test_the_report_shows_the_table_and_the_settings(explained, tmp_path):
 def test_what_does_not_fit_is_left_out_and_said(explained, tmp_path):
     whole = explained.report(tmp_path / "r.html").stat().st_size
     shown = []
-    for bound in range(5_000, whole, 500):
+    for bound in range(5_000, whole, whole // 25):
         path = explained.report(tmp_path / "r.html", max_bytes=bound, overwrite=True)
         page = path.read_text()
         shown.append(page.count("<summary>"))
@@ -168,10 +168,7 @@ def test_the_reports_index_leads_to_classes_and_their_mistakes(explained, tmp_pa
             assert re.findall(rf'<p class="wrong">{model} gets (.*?)</p>', part) == expected
 
 
-def test_the_reports_prototypes_say_how_they_are_used(explained, tmp_path, monkeypatch):
-    from kmex_utils.explanation import report
-
-    monkeypatch.setattr(report, "SHARED", 20.0)
+def test_the_reports_prototypes_say_how_they_are_used(explained, tmp_path):
     explained.edits.rename(2, 4, "<dome>").disable(2, 3)
     try:
         page = explained.report(tmp_path / "r.html").read_text()
@@ -186,8 +183,9 @@ def test_the_reports_prototypes_say_how_they_are_used(explained, tmp_path, monke
         use = table.loc[k]
         assert caption.startswith(f"{k}{' “&lt;dome&gt;”' if k == 4 else ''}: in ")
         assert f"; right {use.right}, wrong {use.wrong}" in caption
-        assert ("near-copy of" in caption) == (use.copy_distance < 0.5)
-        assert (f"shared: {use.elsewhere:.0f} % elsewhere, most in flower" in caption) == (use.elsewhere > 20)
+        assert ("near-copy of" in caption) == (use.copy_distance < 0.25)
+        shared = f"; shared: {use.most:.0f} % in flower, {100 - use.elsewhere:.0f} % here"
+        assert (shared in caption) == (use.most >= 50) == ("shared" in caption)
 
 
 def test_a_report_of_refits_says_whether_prototypes_exist(explained, tmp_path):
