@@ -255,7 +255,8 @@ class Explained:
             segments = maps[index].numpy()
             pixels = segment_patch(self.dataset.train.rgb(index), segments, position)
         name = self.classes[int(self.explainers[start_block].prototypes.labels[prototype])]
-        return Patch(prototype, name, 0.0, pixels, index, self.edits.names(start_block).get(prototype, ""))
+        own = self.edits.names(start_block).get(prototype, "")
+        return Patch(prototype, name, 0.0, pixels, index, name=own)
 
     def patches(self, start_block: int, prototype: int) -> list[Patch]:
         """The nearest training patches of a prototype, each of another image; of all that are merged with it."""
@@ -509,7 +510,7 @@ class Explained:
             patches = tuple(replace(self.patch(b, k), share=count / q_s.numel()) for k, count in segments)
             predicted = self.classes[int(self.explainers[b].proj(q_s)[0].argmax())]
             attributed = att[b][0].numpy() if att else None
-            part = Interpretation(self.name(b), q_s[0].numpy(), attributed, patches, predicted, kept.get(b))
+            part = Interpretation(self.name(b), q_s[0].numpy(), attributed, patches, predicted, certainty=kept.get(b))
             parts.append(part)
         return parts
 
