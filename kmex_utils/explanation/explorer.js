@@ -39,11 +39,20 @@ function panel(parent, name) {
 }
 
 function percent(share) {
-  return share < 0.01 ? "< 1 %" : `${Math.round(100 * share)} %`;
+  return share < 0.01 ? "< 1\u00a0%" : `${Math.round(100 * share)}\u00a0%`;
+}
+
+function short(name) {
+  // without CUB's or ImageNet's number
+  return name.replace(/^(\d+\.|n\d{8}[-_])(?=\D)/, "").replaceAll("_", " ");
 }
 
 function signed(value) {
   return `${value < 0 ? "−" : "+"}${Math.abs(value).toPrecision(3)}`;
+}
+
+function mean(values) {
+  return values.reduce((sum, value) => sum + value, 0) / values.length;
 }
 
 function place(share) {
@@ -181,8 +190,7 @@ export function render({ model, el }) {
   const heading = make("div", "kmex-heading", root);
   heading.setAttribute("aria-live", "polite");
   const body = make("div", "kmex-body", root);
-  const main = make("div", "kmex-main", body);
-  const top = make("div", "kmex-panels", main);
+  const top = make("div", "kmex-panels", body);
   const image = panel(top, "image");
   const map = panel(top, "map");
   const attribution = panel(top, "attribution");
@@ -190,11 +198,11 @@ export function render({ model, el }) {
   const panels = [image, map, attribution, certainty];
   const why = make("div", "kmex-why", attribution.figure);
   const scale = make("div", "kmex-scale", attribution.figure);
-  const strip = make("div", "kmex-strip", main);
+  const sure = make("div", "kmex-scale", certainty.figure);
   const detail = make("aside", "kmex-detail", body);
+  const strip = make("div", "kmex-strip", body);
   detail.setAttribute("aria-label", "prototype");
   const picture = new Image();
-  const ramp = `linear-gradient(to right, ${about.diverging.filter((_, i) => i % 17 === 0).map((c) => `rgb(${c})`)})`;
 
   function refresh() {
     // the images to choose from
@@ -291,8 +299,8 @@ export function render({ model, el }) {
     });
     layer(map, now.map, (value) => now.prototypes[value].colour);
     numbers(map.base.getContext("2d"));
-    const half = now.high - now.low;
-    if (now.attribution) layer(attribution, now.attribution, (v) => about.diverging[place((v - now.low) / half)]);
+    const span = now.high - now.low;
+    if (now.attribution) layer(attribution, now.attribution, (v) => about.diverging[place((v - now.low) / span)]);
     if (now.certainty) layer(certainty, now.certainty, (value) => about.sequential[place(value)]);
     const [left, top, right, bottom] = corners(0, 0, 1, 1);
     panels.forEach(({ base }) => {
@@ -320,7 +328,7 @@ export function render({ model, el }) {
     if (rows[0].length > 40) return; // too small to read
     places.forEach((at, index) => {
       if (index < COLOURED) return;
-      const [mx, my] = [0, 1].map((axis) => at.reduce((sum, cell) => sum + cell[axis], 0) / at.length);
+      const [mx, my] = [0, 1].map((axis) => mean(at.map((cell) => cell[axis])));
       const [x, y] = at.sort((a, b) => Math.hypot(a[0] - mx, a[1] - my) - Math.hypot(b[0] - mx, b[1] - my))[0];
       const [l, t, r, b] = corners(x, y, rows[0].length, rows.length);
       context.fillText(index + 1, (l + r) / 2, (t + b) / 2);
@@ -350,11 +358,6 @@ export function render({ model, el }) {
     describe(index);
   }
 
-  function mean(rows, index) {
-    const of = rows.flat().filter((_, i) => view().map.flat()[i] === index);
-    return of.reduce((sum, value) => sum + value, 0) / of.length;
-  }
-
   function describe(index) {
     detail.replaceChildren();
     delete detail.dataset.prototype;
@@ -378,7 +381,11 @@ export function render({ model, el }) {
       make("div", "kmex-points", words, `adds ${signed(p.contribution)} to its score; all segments: ${signed(now.total)}`);
     }
     if (p.exists) make("div", "kmex-exists", words, `exists in ${p.exists} refits`);
-    if (now.certainty) make("div", "kmex-sure", words, `its cells keep it in ${percent(mean(now.certainty, index))} of them`);
+    if (now.certainty) {
+      const inMap = now.map.flat();
+      const share = mean(now.certainty.flat().filter((_, i) => inMap[i] === index));
+      make("div", "kmex-sure", words, `its cells keep it in ${percent(share)} of them`);
+    }
     const kept = model.get("selected") === p.prototype && model.get("gallery").length;
     const patches = make("div", "kmex-patches", detail);
     (kept ? model.get("gallery") : [{ word: "nearest", url: p.patch }]).forEach(({ word, url }) => {
@@ -391,14 +398,21 @@ export function render({ model, el }) {
     });
   }
 
-  function showScale(now) {
-    scale.replaceChildren();
-    const zero = -now.low / (now.high - now.low); // where 0 lies, in parts of the ramp
-    make("span", "", scale, `${zero < 0 ? "← 0 · " : ""}${now.low.toPrecision(3)}`);
-    const line = make("span", "kmex-ramp", scale);
-    line.style.background = ramp;
+  function showScale(element, colours, low, high) {
+    element.replaceChildren();
+    make("span", "", element, low);
+    const line = make("span", "kmex-ramp", element);
+    line.style.background = `linear-gradient(to right, ${colours.filter((_, i) => i % 17 === 0).map((c) => `rgb(${c})`)})`;
+    make("span", "", element, high);
+    return line;
+  }
+
+  function showScales({ low, high }) {
+    const zero = -low / (high - low); // where 0 lies, in parts of the ramp
+    const ends = [`${zero < 0 ? "← 0 · " : ""}${low.toPrecision(3)}`, `${high.toPrecision(3)}${zero > 1 ? " · 0 →" : ""}`];
+    const line = showScale(scale, about.diverging, ...ends);
     if (zero >= 0 && zero <= 1) make("span", "kmex-zero", line, "0").style.left = `${100 * zero}%`;
-    make("span", "", scale, `${now.high.toPrecision(3)}${zero > 1 ? " · 0 →" : ""}`);
+    showScale(sure, about.sequential, "in none", "in all");
   }
 
   function showStrip(now) {
@@ -410,7 +424,7 @@ export function render({ model, el }) {
       patch.alt = `training patch nearest to prototype ${p.prototype} of ${p.class}`;
       patch.src = p.patch;
       patch.style.borderColor = `rgb(${p.colour})`;
-      make("span", "", entry, `${i + 1}: ${(p.name || p.class).replaceAll("_", " ")} · ${percent(p.share)}`);
+      make("span", "", entry, `${i + 1}: ${short(p.name || p.class)} · ${percent(p.share)}`);
       entry.addEventListener("mouseenter", () => hover(i));
       entry.addEventListener("mouseleave", () => hover(-1));
       entry.addEventListener("focus", () => hover(i));
@@ -428,21 +442,20 @@ export function render({ model, el }) {
     heading.replaceChildren();
     make("b", "", heading, now.name);
     heading.append(` · ${says.join(" · ")}`);
+    if (about.refits[now.explainer]) make("div", "kmex-refits", heading, about.refits[now.explainer]);
     image.caption.textContent = "image";
     map.caption.textContent = `explanation map ${now.explainer}`;
     map.caption.title = "a cell has seen far more than its square: a convolution's outputs depend on what lies around";
-    attribution.caption.textContent = now.attribution ? `attribution to ${now.target}` : "no attribution";
+    attribution.caption.textContent = now.attribution ? `attribution to ${short(now.target)}` : "no attribution";
     why.textContent = now.attribution ? "" : `Eq. 11 does not hold: ${about.why_no_attribution}.`;
     why.hidden = Boolean(now.attribution);
     attribution.canvas.parentElement.hidden = scale.hidden = !now.attribution;
     certainty.figure.hidden = !now.certainty;
     if (now.certainty) {
-      const cellsOf = now.certainty.flat();
-      const share = cellsOf.reduce((sum, value) => sum + value, 0) / cellsOf.length;
-      certainty.caption.textContent = `same in refits: ${percent(share)} (yellow: in all, blue: in none)`;
+      certainty.caption.textContent = `same in refits: ${percent(mean(now.certainty.flat()))}`;
     }
     panels.forEach(({ canvas, caption }) => canvas.setAttribute("aria-label", caption.textContent));
-    showScale(now);
+    showScales(now);
     showStrip(now);
     picture.onload = paint;
     picture.src = now.image;

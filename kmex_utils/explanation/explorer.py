@@ -149,6 +149,7 @@ def about(explained: "Explained") -> dict[str, Any]:
         "targets": list(dict.fromkeys(explained.network.classes)) if explained.network.form else [],
         "same_words": gallery.network_classes(explained) is not None,
         "why_no_attribution": "" if explained.network.form else explained.network.between,
+        "refits": {explained.name(b): refits.line(explained.name(b)) for b, refits in explained.refits.items()},
         "diverging": colormaps["RdBu_r"](ramp, bytes=True)[:, :3].tolist(),
         "sequential": colormaps["cividis"](ramp, bytes=True)[:, :3].tolist(),
     }

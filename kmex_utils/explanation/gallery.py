@@ -53,10 +53,10 @@ def chosen(explained: "Explained", split: str) -> str:
 def network_says(explained: "Explained", y: torch.Tensor) -> np.ndarray:
     """Names of the classes predicted by scores [N, C], in the folder's own words where it has the class, [N]."""
     outputs, predicted = network_classes(explained), y.argmax(1)
-    said = np.array(explained.network.classes, object)[predicted]
+    said = np.array(explained.network.classes, object)[predicted.numpy()]  # of one image a tensor would be an index
     if outputs is not None:
         ours = relabelled(predicted, outputs)
-        said = np.where(ours >= 0, np.array([*explained.classes, ""], object)[ours], said)
+        said = np.where(ours >= 0, np.array([*explained.classes, ""], object)[ours.numpy()], said)
     return said
 
 

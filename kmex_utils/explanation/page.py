@@ -111,7 +111,7 @@ def _page(
     from jinja2 import Environment
 
     data = {
-        "about": about(explained),
+        "about": about(explained) | {"targets": []},  # the one it is made for
         "images": [entry["row"] for entry in entries],
         "thumbnails": [entry["image"] for entry in entries],
         "boxes": [entry["box"] for entry in entries],
@@ -124,7 +124,6 @@ def _page(
         shown=len(entries),
         asked=asked,
         predictions_as_labels=explained.predictions_as_labels,
-        refits=[refits.line(explained.name(b)) for b, refits in explained.refits.items()],
         css=(HERE / "explorer.css").read_text(),
         js=(HERE / "explorer.js").read_text(),
         data=json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),  # ends no script
