@@ -65,7 +65,7 @@ def test_the_image_is_shown_at_its_own_resolution_with_the_part_that_is_seen(exp
     shown = view(explained, 0, 2)
     with Image.open(photos / shown["name"]) as image:
         assert abs(pixels(shown["image"]) - np.asarray(image)).mean() < 6, "the file, not the network's 64 pixels"
-    assert shown["box"] == [0, 0, 1, 1]
+    assert shown["box"] == [10 / 160, 0, 150 / 160, 1], "of 160 x 140 pixels the centre square"
     photo = np.zeros((100, 200, 3), np.uint8)
     photo[:, 50:150] = 200  # all that a centre crop sees
     Image.fromarray(photo).save(tmp_path / "wide.png")
@@ -209,20 +209,20 @@ def test_a_page_of_so_many_images_takes_them_from_the_held_out_ones(explained, l
 
 def test_a_page_within_its_bound(explained, tmp_path):
     whole = explained.page(tmp_path / "p.html", [0, 1, 2, 3]).stat().st_size
-    shown, sides = [], []
-    for bound in np.linspace(whole, 45_000, 12).astype(int):
+    shown, counts = [], []
+    for bound in np.linspace(whole, 100_000, 12).astype(int):
         path = explained.page(tmp_path / "p.html", [0, 1, 2, 3], max_bytes=int(bound), overwrite=True)
         data, said = data_of(path), re.search(r"(\d) more images are left out", path.read_text())
         assert path.stat().st_size <= bound
         shown.append(len(data["images"]))
         assert shown[-1] == 4 - (int(said[1]) if said else 0)
-        sides.append(max(max(pixels(p["patch"]).shape) for of in data["prototypes"].values() for p in of.values()))
+        counts.append({len(p["gallery"]) for of in data["prototypes"].values() for p in of.values()})
         for b in ("2", "3", "4"):
             used = {str(p["prototype"]) for views in data["views"] for p in views[b]["prototypes"]}
             assert set(data["prototypes"][b]) == used, "prototypes of images left out are left out"
     assert shown == sorted(shown, reverse=True) and shown[0] == 4 and shown[-1] < 4
-    assert sides == sorted(sides, reverse=True) and len(set(sides)) > 1, "smaller patches before fewer images"
-    assert shown.index(next(n for n in shown if n < 4)) > sides.index(min(sides)) - 1
+    assert [counts[0], counts[-1]] == [{7}, {4}], "nearest patches first, typical and weakest stay"
+    assert all(of == {4} for of, n in zip(counts, shown, strict=True) if n < 4), "smaller patches before fewer images"
     with pytest.raises(ValueError, match=r"a page of one image takes [\d,]+ bytes, more than max_bytes = 9,000"):
         explained.page(tmp_path / "p.html", [0], max_bytes=9_000, overwrite=True)
 
