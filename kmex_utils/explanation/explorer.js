@@ -14,7 +14,9 @@ function make(tag, className, parent, text) {
 }
 
 function labelled(words, tag, parent) {
-  return make(tag, "", make("label", "kmex-label", parent, words));
+  const element = make(tag, "", make("label", "kmex-label", parent, words));
+  element.setAttribute("aria-label", words);
+  return element;
 }
 
 function fillSelect(select, options, value) {
