@@ -227,15 +227,15 @@ def test_every_control(page, explained):
         page.get_by_role("button", name=f"explainer {explained.name(b)}", exact=True).click()
         agrees(page, view_of(explained, name, b))
     for target in explained.network.classes:
-        page.get_by_label("attribution to").select_option(label=target)
+        page.get_by_label("attribution to", exact=True).select_option(label=target)
         page.locator(f'.kmex-explorer[data-target="{target}"]').wait_for()
         agrees(page, view_of(explained, name, 2, target))
-    page.get_by_label("attribution to").select_option(label="flower")
-    page.get_by_label("minus that to").select_option(label="temple")
+    page.get_by_label("attribution to", exact=True).select_option(label="flower")
+    page.get_by_label("minus that to", exact=True).select_option(label="temple")
     page.locator('.kmex-explorer[data-target="flower − temple"]').wait_for()
     agrees(page, view_of(explained, name, 2, ("flower", "temple")))
-    page.get_by_label("minus that to").select_option(label="nothing")
-    page.get_by_label("attribution to").select_option(label="predicted")
+    page.get_by_label("minus that to", exact=True).select_option(label="nothing")
+    page.get_by_label("attribution to", exact=True).select_option(label="predicted")
     view = view_of(explained, name, 2)
     page.locator(f'.kmex-explorer[data-target="{view["target"]}"]').wait_for()
     agrees(page, view)
@@ -280,6 +280,7 @@ def test_arrow_keys_and_thumbnails(page, explained):
     page.locator(".kmex-explorer").focus()
     page.keyboard.press("ArrowRight")
     agrees(page, view_of(explained, explained.names[6], 2))
+    page.locator(".kmex-explorer").focus()
     page.keyboard.press("ArrowLeft")
     agrees(page, view_of(explained, explained.names[5], 2))
     page.locator('.kmex-thumbnail[data-image="2"]').click()
@@ -303,22 +304,26 @@ def test_a_change_of_explainer_reaches_the_page(page, explained):
 def test_a_saved_notebook_shows_the_still_view(page, lab, notebook, browser, material):
     """Opened again where no kernel holds the widget: the still view, and no error beside it."""
     page.get_by_role("menuitem", name="File", exact=True).click()
-    page.get_by_role("menuitem", name="Save Notebook", exact=True).click()
+    page.locator('.lm-Menu-item[data-command="docmanager:save"]').click()
     for _ in range(60):
         saved = (material / notebook).read_text()
         if "kmex-still-" in saved and "widget-view" in saved:
             break
         page.wait_for_timeout(500)
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.locator('.lm-Menu-item[data-command="kernelmenu:shutdown"]').click()
+    for _ in range(60):
+        if not json.load(urllib.request.urlopen(lab.replace("/lab/tree/", "/api/kernels"))):
+            break
+        page.wait_for_timeout(500)
     page.close()
-    api = lab.replace("/lab/tree/", "/api/kernels")
-    for kernel in json.load(urllib.request.urlopen(api)):
-        urllib.request.urlopen(urllib.request.Request(f"{api}/{kernel['id']}", method="DELETE"))
     again = browser.new_page(viewport={"width": 1500, "height": 1300})
     again.goto(lab + notebook)
     again.get_by_text("| Idle").wait_for(timeout=120_000)
     scroll_to(again, "[id^=kmex-still] img")
     again.wait_for_timeout(3000)
-    visible = again.evaluate("document.querySelector('.jp-Notebook').innerText")
+    visible = again.evaluate("document.querySelector('[id^=kmex-still]').closest('.jp-Cell').innerText")
+    again.screenshot(path=material / "again.png")
     assert "still view: the explorer runs where" in visible
     assert "Error displaying widget" not in visible and "Loading widget" not in visible
     again.close()
