@@ -181,9 +181,9 @@ explained.overlay(which, target=to, of="attribution" if network.form else "map")
 # %% [markdown]
 # ## Explore
 #
-# Choose an image (arrow keys, thumbnails, filters), a start block and the class of the attribution. Hover over a segment
-# to see its prototype, click it to see more of its patches, typical and weakest ones too. (Where widgets cannot run, a
-# still view stands here.)
+# Choose an image (arrow keys, thumbnails, filters), a start block and the class of the attribution. Hover over a
+# segment to see its prototype, click it to see more of its patches, typical and weakest ones too. (Where widgets cannot
+# run, a still view stands here.)
 
 # %%
 explorer = explained.explorer(which)
