@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--target", **target)
     add("--small", action="store_true", help="save a few MB: without the encoder's weights, prototypes in float16")
     add("--report", action="store_true", help="write report.html, one file to send")
+    add("--page", type=int, default=0, metavar="N", help="write page.html, the explorer of N images, one file to send")
     add("--export", action="store_true", help="write maps and tables of every image of the folder to <out>/export")
     add("--resume", action="store_true", help="go on in an --out folder that exists (an interrupted export continues)")
 
@@ -160,6 +161,8 @@ def explain(options: argparse.Namespace) -> int:
     pictures = _panels(explained, options.panel, options.out, options.target)
     if options.report:
         print(explained.report(options.out / "report.html", pictures, target=options.target, overwrite=True))
+    if options.page:
+        print(explained.page(options.out / "page.html", options.page, options.target, overwrite=True))
     if options.export:
         print(explained.export(options.out / "export", target=options.target, resume=options.resume))
     return 0

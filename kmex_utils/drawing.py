@@ -57,10 +57,10 @@ def png(figure: Figure, dpi: float | None = None) -> bytes:
 
 
 def data_url(pixels: np.ndarray, size: int = 0, *, quality: int = 85, method: int = 4) -> str:
-    """uint8 [H, W, 3] as WebP for a page, scaled down to ``size``; ``method`` 0 is quick, 6 gives the smallest file."""
+    """uint8 [H, W, 3] as WebP for a page, at most ``size`` a side; ``method`` 0 is quick, 6 gives small files."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
-    if 0 < size < max(image.size):
-        image = image.resize((size, -(-size * image.height // image.width)), Image.Resampling.BILINEAR)
+    if size:
+        image.thumbnail((size, size), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=quality, method=method)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

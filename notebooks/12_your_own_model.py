@@ -205,8 +205,9 @@ explained.margin(which).figure()
 # %% [markdown]
 # ## Explore
 #
-# Choose an image, a start block and the class of the attribution. Hover over a segment to see its prototype, click it
-# to see more of its patches. (Where widgets cannot run, a still view stands here.)
+# Choose an image (arrow keys, thumbnails, filters), a start block and the class of the attribution. Hover over a
+# segment to see its prototype, click it to see more of its patches, typical and weakest ones too. (Where widgets cannot
+# run, a still view stands here.)
 
 # %%
 explorer = explained.explorer(which)
@@ -254,8 +255,9 @@ shown if "fidelity" in tables else "no keypoints or masks were given"
 # %% [markdown]
 # ## Keep and send
 #
-# The prototypes with their settings, and a report: one HTML file that needs no network. `explained.export(…)` writes
-# maps, attributions and tables of a whole folder to Parquet and NPZ. Tomorrow, nothing is fitted again:
+# The prototypes with their settings, a report and a page, which is the explorer of 20 images: one HTML file each, that
+# needs neither kernel nor network. `explained.export(…)` writes maps, attributions and tables of a whole folder to
+# Parquet and NPZ. Tomorrow, nothing is fitted again:
 #
 # ```python
 # kmex.load("runs/your-own-model").panel("new.jpg")
@@ -267,4 +269,6 @@ first = range(min(4, len(explained.names)))
 report = explained.report(
     results / "report.html", [which, *(i for i in first if i != which)], target=to, overwrite=True
 )
-print(f"{report.name}: {report.stat().st_size / 1e6:.1f} MB, beside the prototypes in {results}")
+page = explained.page(results / "page.html", 20, to, overwrite=True)
+sizes = ", ".join(f"{file.name} {file.stat().st_size / 1e6:.1f} MB" for file in (report, page))
+print(f"{sizes}, beside the prototypes in {results}")

@@ -39,7 +39,7 @@ def saved(photos, tmp_path_factory):
     """What `kmex explain` leaves with everything asked for."""
     out = tmp_path_factory.mktemp("saved") / "explained"
     normalisation = ["--mean", "0.5", "0.5", "0.5", "--std", "0.2", "0.2", "0.2", "--scale", "1"]
-    products = ["--panel", str(photos / "flower" / "00.png"), "temple/00.png", "--report", "--export"]
+    products = ["--panel", str(photos / "flower" / "00.png"), "temple/00.png", "--report", "--page", "3", "--export"]
     command = ["explain", str(photos), *RANDOM, *QUICK, *normalisation, *products, "--out", str(out)]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert cli.main(command) == 0
@@ -57,6 +57,7 @@ def test_explain_leaves_what_was_asked_for(saved):
         "panel-flower-00.png",
         "panel-temple-00.png",
         "report.html",
+        "page.html",
     ):
         assert (saved / product).stat().st_size > 100, product
     taken_in = json.loads((saved / "network.json").read_text())["input"]

@@ -168,10 +168,13 @@ def test_names_are_no_formulas(image, parts, tmp_path):
 
 
 @pytest.mark.parametrize(("size", "expected"), [(0, (40, 30)), (20, (20, 15)), (50, (40, 30))])
-def test_an_image_for_a_page(size, expected):
+@pytest.mark.parametrize("upright", [False, True])
+def test_an_image_for_a_page(size, expected, upright):
     import base64
 
-    head, content = drawing.data_url(np.full((30, 40, 3), 90, np.uint8), size).split(",")
+    shape = (40, 30, 3) if upright else (30, 40, 3)
+    head, content = drawing.data_url(np.full(shape, 90, np.uint8), size).split(",")
     assert head == "data:image/webp;base64"
     with Image.open(io.BytesIO(base64.b64decode(content))) as image:
-        assert image.size == expected and abs(np.asarray(image).mean() - 90) < 2
+        assert image.size == (expected[::-1] if upright else expected)
+        assert abs(np.asarray(image).mean() - 90) < 2

@@ -1,6 +1,8 @@
 """Explorer, report and export: what they show and write is what the explanation says."""
 
+import base64
 import copy
+import io
 import json
 import re
 import subprocess
@@ -14,6 +16,8 @@ import torch
 from PIL import Image
 
 import kmex_utils as kmex
+from kmex_utils.explanation.explorer import patches, prototype, view
+from kmex_utils.explanation.refits import Refits
 
 pytest_plugins = ("tests.fixtures_explained",)
 
@@ -28,44 +32,100 @@ def loaded(explained, resnet, tmp_path_factory):
 
 
 def test_the_explorers_view_is_the_interpretation(explained):
-    explorer = explained.explorer()
     for b in (4, 2):
         for target in ("", "flower", ("flower", "temple"), "temple"):
-            view = explorer.view(3, b, target)
+            shown = view(explained, 3, b, target)
             (part,) = explained.interpretations(3, [b], target)
-            prototypes = np.array([p["prototype"] for p in view["prototypes"]])
-            assert np.array_equal(prototypes[np.array(view["map"])], part.map)
-            np.testing.assert_allclose(view["attribution"], part.attribution, rtol=1e-3)
-            shares = {p["prototype"]: p["share"] for p in view["prototypes"]}
+            prototypes = np.array([p["prototype"] for p in shown["prototypes"]])
+            assert np.array_equal(prototypes[np.array(shown["map"])], part.map)
+            np.testing.assert_allclose(shown["attribution"], part.attribution, rtol=1e-3)
+            shares = {p["prototype"]: p["share"] for p in shown["prototypes"]}
             assert shares == {k: (part.map == k).mean() for k in np.unique(part.map)}
-            assert sum(p["contribution"] for p in view["prototypes"]) == pytest.approx(view["total"], rel=1e-4)
-            middle = (view["low"] + view["high"]) / 2
+            assert sum(p["contribution"] for p in shown["prototypes"]) == pytest.approx(shown["total"], rel=1e-4)
+            middle = (shown["low"] + shown["high"]) / 2
             assert middle == pytest.approx(part.attribution.mean(), rel=1e-4)
-            assert view["low"] <= part.attribution.min() and part.attribution.max() <= view["high"]
+            assert shown["low"] <= part.attribution.min() and part.attribution.max() <= shown["high"]
             assert sum(shares.values()) == pytest.approx(1)
-            for p in view["prototypes"]:
+            for p in shown["prototypes"]:
                 assert (p["shared"], p["images"]) == explained.sharing(b, p["prototype"])
-            json.dumps(view)
-    assert view["target"] == "temple" and view["explainer"] == "B234"
-    assert view["label"] == explained.classes[explained.dataset.test.labels[3]]
+            json.dumps(shown)
+    assert shown["target"] == "temple" and shown["explainer"] == "B234"
+    assert shown["label"] == explained.classes[explained.dataset.test.labels[3]]
+    scores = explained.network.outputs(explained.network.input(explained.picture(3).pixels[None]))[1]
+    assert shown["predicted"] == explained.network.classes[int(scores.argmax())]
 
 
-def test_widgets_follow_the_controls(explained):
+def pixels(url):
+    """Of a data URL."""
+    with Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_the_image_is_shown_at_its_own_resolution_with_the_part_that_is_seen(explained, photos, tmp_path):
+    shown = view(explained, 0, 2)
+    with Image.open(photos / shown["name"]) as image:
+        assert abs(pixels(shown["image"]) - np.asarray(image)).mean() < 6, "the file, not the network's 64 pixels"
+    assert shown["box"] == [10 / 160, 0, 150 / 160, 1], "of 160 x 140 pixels the centre square"
+    photo = np.zeros((100, 200, 3), np.uint8)
+    photo[:, 50:150] = 200  # all that a centre crop sees
+    Image.fromarray(photo).save(tmp_path / "wide.png")
+    wide = view(explained, tmp_path / "wide.png", 2)
+    assert wide["box"] == [0.25, 0, 0.75, 1] and pixels(wide["image"]).shape == (100, 200, 3)
+    Image.new("RGB", (1000, 2000)).save(tmp_path / "tall.png")
+    assert pixels(view(explained, tmp_path / "tall.png", 2)["image"]).shape == (1024, 512, 3)
+
+
+def test_prototypes_with_their_patches(explained):
+    for k in (0, 4):
+        shown = patches(explained, 2, k)
+        assert [p["word"] for p in shown] == ["nearest", "2", "3", "4", "5", "typical", "weakest"]
+        for p, rank in zip(shown, [0, 1, 2, 3, 4, "typical", "weakest"], strict=True):
+            assert abs(pixels(p["url"]) - explained.patch(2, k, rank).pixels).mean() < 8
+    assert prototype(explained, 2, 4)["class"] == "temple" and prototype(explained, 2, 4)["exists"] == ""
+    edited = copy.copy(explained)
+    edited.refits = {
+        2: Refits(torch.empty(2, 0, 0), torch.tensor([[0.6] * 6, [0.2] * 6]), torch.zeros(2, 6), torch.ones(2))
+    }
+    assert prototype(edited, 2, 4)["exists"] == "1 of 2"
+
+
+def test_the_widget_follows_its_choice(explained):
     pytest.importorskip("anywidget", reason="the interactive explorer needs it")
     explorer = explained.explorer()
-    assert explorer.widget is explorer.widget
-    explorer.image.value = explained.names[4]
-    explorer.start_block.value = 4
-    explorer.target.value = "temple"
-    assert explorer.panels.view == explorer.view(explained.names[4], 4, "temple")
-    explorer.minus.value = "flower"
-    assert explorer.panels.view == explorer.view(explained.names[4], 4, ("temple", "flower"))
-    assert explorer.panels.view["target"] == "temple − flower"
-    k = explorer.panels.view["prototypes"][0]["prototype"]
-    explorer.panels.selected = k
-    assert explorer.panels.nearest == explorer.patches(4, k) and len(explorer.panels.nearest) == 5
-    explorer.image.value = explained.names[0]
-    assert explorer.panels.selected == -1 and explorer.panels.nearest == []
+    widget = explorer.widget
+    assert explorer.widget is widget and widget.view == view(explained, 0, 2)
+
+    def choose(**changes):
+        widget.choice = widget.choice | changes
+
+    choose(image=4, start_block=4, target="temple")
+    assert widget.view == view(explained, explained.names[4], 4, "temple")
+    choose(minus="flower")
+    assert widget.view == view(explained, explained.names[4], 4, ("temple", "flower"))
+    assert widget.view["target"] == "temple − flower"
+    k = widget.view["prototypes"][0]["prototype"]
+    widget.selected = k
+    assert widget.gallery == patches(explained, 4, k) and len(widget.gallery) == 7
+    choose(image=0)
+    assert widget.selected == -1 and widget.gallery == []
+    widget.wanted = [2, 5]
+    assert set(widget.thumbnails) == {"2", "5"}
+    assert abs(pixels(widget.thumbnails["5"]) - explained.picture(5).rgb).mean() < 6
+
+
+def test_what_images_are_filtered_by(explained, resnet, photos, tmp_path):
+    pytest.importorskip("anywidget", reason="the interactive explorer needs it")
+    rows = explained.explorer().widget.images
+    assert [row["name"] for row in rows] == list(explained.names)
+    for i, row in enumerate(rows):
+        assert row["label"] == row["name"].split("/")[0]
+        assert row["said"]["network"] == view(explained, i, 4)["predicted"]
+        assert row["said"]["B4"] == view(explained, i, 4)["explainer_predicted"]
+        assert row["said"]["B234"] == view(explained, i, 2)["explainer_predicted"]
+    later = kmex.load(explained.save(tmp_path), resnet.module, photos).explorer()
+    assert later.widget.images == [{"name": name} for name in explained.names], "a pass of all images is not for free"
+    later.widget.predict = True
+    assert later.widget.images == rows
 
 
 def test_an_explanation_without_its_photos_is_explored_by_a_file(loaded, explained, photos):
@@ -73,39 +133,107 @@ def test_an_explanation_without_its_photos_is_explored_by_a_file(loaded, explain
     with pytest.raises(ValueError, match="the images are not here, only the prototypes"):
         loaded.explorer()
     explorer = loaded.explorer(photos / "temple" / "03.png")
-    assert explorer.widget and explorer.image.options == (("03.png", ""),)
-    shown = explorer.panels.view
-    expected = explained.explorer().view("temple/03.png", 2)
-    for word in ("map", "explainer", "predicted", "target"):
+    assert explorer.widget.images == [{"name": "03.png"}]
+    shown, expected = explorer.widget.view, view(explained, "temple/03.png", 2)
+    for word in ("map", "explainer", "predicted", "target", "image"):
         assert shown[word] == expected[word]
     assert [p["patch"] for p in shown["prototypes"]] == [p["patch"] for p in expected["prototypes"]]
-    explorer.start_block.value = 4
-    assert explorer.panels.view == explorer.view("", 4) != shown
+    explorer.widget.choice = explorer.widget.choice | {"start_block": 4}
+    assert explorer.widget.view == view(loaded, photos / "temple" / "03.png", 4) != shown
 
 
 def test_a_file_stands_beside_the_images_of_the_data_set(explained, tmp_path):
     pytest.importorskip("anywidget", reason="the interactive explorer needs it")
     Image.new("RGB", (80, 80), "red").save(tmp_path / "new.png")
-    explorer = explained.explorer(tmp_path / "new.png")
-    assert explorer.widget and explorer.image.value == ""
-    assert explorer.image.options[:2] == (("new.png", ""), (explained.names[0],) * 2)
-    explorer.image.value = explained.names[0]
-    assert explorer.panels.view["name"] == explained.names[0]
-    explorer.image.value = ""
-    assert explorer.panels.view["name"] == "new.png" and explorer.panels.view["label"] == ""
+    widget = explained.explorer(tmp_path / "new.png").widget
+    assert widget.choice["image"] == 0 and [row["name"] for row in widget.images] == ["new.png", *explained.names]
+    assert widget.images[1]["label"] == explained.names[0].split("/")[0]
+    widget.choice = widget.choice | {"image": 1}
+    assert widget.view["name"] == explained.names[0]
+    widget.choice = widget.choice | {"image": 0}
+    assert widget.view["name"] == "new.png" and widget.view["label"] == ""
 
 
-def test_where_there_are_no_widgets_a_still_view_says_what_to_install(explained, monkeypatch):
+def test_a_still_view_stands_where_the_widget_does_not_run(explained, monkeypatch):
     display = pytest.importorskip("IPython.display", reason="shown in a notebook only")
     shown = []
-    monkeypatch.setattr(display, "display", lambda *views: shown.extend(views))
+    monkeypatch.setattr(display, "display", lambda *views, **options: shown.extend(views))
     explained.explorer()._ipython_display_()
-    assert "still view" in shown[0].data and len(shown) == 2
+    still, widget = shown
+    name = re.search(r'id="(kmex-still-\w+)"', still.data)[1]
+    assert "still view" in still.data and f"has(#{name}) + " in still.data, "what follows is out of sight"
+    assert "application/vnd.jupyter.widget-view+json" in widget and widget["text/plain"] == ""
     shown.clear()
     monkeypatch.setitem(sys.modules, "anywidget", None)
     explained.explorer()._ipython_display_()
     (still,) = shown
     assert "data:image/png;base64," in still.data and "anywidget: pip install" in still.data
+
+
+# --- the explorer as a page ---------------------------------------------------------------------------------------
+
+
+def data_of(path):
+    """What a page holds."""
+    return json.loads(re.search('<script type="application/json" id="data">(.*?)</script>', path.read_text())[1])
+
+
+def test_a_page_holds_the_views(explained, tmp_path):
+    path = explained.page(tmp_path / "p.html", [0, 3, "temple/03.png"], ("flower", "temple"))
+    data = data_of(path)
+    assert not re.search(r"""(src|href)\s*=\s*["']""", path.read_text()), "nothing is loaded"
+    for i, image in enumerate([0, 3, "temple/03.png"]):
+        for b in (4, 3, 2):
+            shown, expected = data["views"][i][str(b)], view(explained, image, b, ("flower", "temple"))
+            known = data["prototypes"][str(b)]
+            for word in ("name", "map", "attribution", "low", "high", "total", "target", "predicted", "label"):
+                assert shown[word] == expected[word]
+            for p, of in zip(shown["prototypes"], expected["prototypes"], strict=True):
+                full = p | known[str(p["prototype"])]
+                assert {key: full[key] for key in of if key != "patch"} == {k: v for k, v in of.items() if k != "patch"}
+                gallery = [patch["word"] for patch in full["gallery"]]
+                assert gallery == ["nearest", "2", "3", "4", "5", "typical", "weakest"]
+        assert data["images"][i]["said"]["B234"] == data["views"][i]["2"]["explainer_predicted"]
+        assert abs(pixels(data["thumbnails"][i]) - pixels(view(explained, image, 2)["image"])).mean() < 6
+    with pytest.raises(FileExistsError, match="p.html exists"):
+        explained.page(path)
+
+
+def test_a_page_of_so_many_images_takes_them_from_the_held_out_ones(explained, loaded, tmp_path):
+    names = [row["name"] for row in data_of(explained.page(tmp_path / "p.html", 3))["images"]]
+    assert names == [explained.names[i] for i in (0, 2, 5)], "evenly over the six"
+    assert len(data_of(explained.page(tmp_path / "all.html"))["images"]) == 6
+    with pytest.raises(ValueError, match="there are no images to show: give images"):
+        loaded.page(tmp_path / "none.html")
+
+
+def test_a_page_within_its_bound(explained, tmp_path):
+    whole = explained.page(tmp_path / "p.html", [0, 1, 2, 3]).stat().st_size
+    shown, counts = [], []
+    for bound in np.linspace(whole, 100_000, 12).astype(int):
+        path = explained.page(tmp_path / "p.html", [0, 1, 2, 3], max_bytes=int(bound), overwrite=True)
+        data, said = data_of(path), re.search(r"(\d) more images are left out", path.read_text())
+        assert path.stat().st_size <= bound
+        shown.append(len(data["images"]))
+        assert shown[-1] == 4 - (int(said[1]) if said else 0)
+        counts.append({len(p["gallery"]) for of in data["prototypes"].values() for p in of.values()})
+        for b in ("2", "3", "4"):
+            used = {str(p["prototype"]) for views in data["views"] for p in views[b]["prototypes"]}
+            assert set(data["prototypes"][b]) == used, "prototypes of images left out are left out"
+    assert shown == sorted(shown, reverse=True) and shown[0] == 4 and shown[-1] < 4
+    assert [counts[0], counts[-1]] == [{7}, {4}], "nearest patches first, typical and weakest stay"
+    assert all(of == {4} for of, n in zip(counts, shown, strict=True) if n < 4), "smaller patches before fewer images"
+    with pytest.raises(ValueError, match=r"a page of one image takes [\d,]+ bytes, more than max_bytes = 9,000"):
+        explained.page(tmp_path / "p.html", [0], max_bytes=9_000, overwrite=True)
+
+
+def test_names_cannot_be_markup_of_a_page(explained, tmp_path):
+    evil = "</script><img src=x onerror=alert(1)>"
+    of = copy.copy(explained)
+    of.classes = (evil, "temple")
+    path = of.page(tmp_path / "p.html", 2, title=evil)
+    assert evil not in path.read_text() and path.read_text().count("</script>") == 2
+    assert evil in {row["label"] for row in data_of(path)["images"]} | {data_of(path)["about"]["classes"][0]}
 
 
 # --- report -------------------------------------------------------------------------------------------------------

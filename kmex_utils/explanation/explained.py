@@ -654,6 +654,34 @@ class Explained:
 
         return Explorer(self, image, start_block)
 
+    def page(
+        self,
+        path: str | Path,
+        images: int | Sequence[AnyImage] = 100,
+        target: Target = "",
+        *,
+        title: str = "",
+        max_bytes: int = 20_000_000,
+        overwrite: bool = False,
+    ) -> Path:
+        """The explorer as one HTML file to send: it opens from disk, without a kernel or a network.
+
+        Parameters
+        ----------
+        images
+            As in :meth:`picture`, or how many, spread evenly over the held-out ones (over all if none are held out).
+        target
+            Of the attributions, as in :meth:`panel`.
+        max_bytes
+            Bound on the file. Images and patches become smaller first, then images are left out, and the page says so.
+        overwrite
+            Replace a file that exists; else it is a FileExistsError.
+        """
+        from .page import write
+
+        how: dict[str, Any] = {"title": title, "max_bytes": max_bytes, "overwrite": overwrite}
+        return write(self, Path(path), images, target=target, **how)
+
     def report(self, path: str | Path, panels: Sequence[AnyImage] = (), **options: Any) -> Path:
         """One HTML file to send; see :func:`kmex_utils.explanation.report.write`."""
         from . import report

@@ -49,17 +49,22 @@ def chosen(explained: "Explained", split: str) -> str:
     return split
 
 
+def network_says(explained: "Explained", y: torch.Tensor) -> np.ndarray:
+    """Names of the classes predicted by scores [N, C], in the folder's own words where it has the class, [N]."""
+    outputs, predicted = network_classes(explained), y.argmax(1)
+    said = np.array(explained.network.classes, object)[predicted.numpy()]  # of one image a tensor would be an index
+    if outputs is not None:
+        ours = relabelled(predicted, outputs)
+        said = np.where(ours >= 0, np.array([*explained.classes, ""], object)[ours.numpy()], said)
+    return said
+
+
 def predictions(explained: "Explained", split: str = "") -> "pd.DataFrame":
     """As :meth:`Explained.predictions` says."""
     import pandas as pd
 
-    split, outputs = chosen(explained, split), network_classes(explained)
-    classes = np.array([*explained.classes, ""], object)
-    predicted = explained.y[split].argmax(1)
-    said = np.array(explained.network.classes, object)[predicted]
-    if outputs is not None:  # in the folder's own words
-        ours = relabelled(predicted, outputs)
-        said = np.where(ours >= 0, classes[ours], said)
+    split, classes = chosen(explained, split), np.array([*explained.classes, ""], object)
+    said = network_says(explained, explained.y[split])
     names = explained.names[: len(said)] if split == "test" else explained.names[-len(said) :]
     columns = {"label": classes[explained.labels_of(split)], "network": said}
     for b in explained.start_blocks:
