@@ -140,7 +140,7 @@ def test_a_flat_map_stays_flat(explained):
     far[:, :, 0, 0] += 10 * c
     spread = explained.attributed(seen._replace(h=far), int(seen.y.argmax()))
     reach = float((spread.maps[4] - spread.maps[4].mean()).abs().max())
-    assert float(spread.half[4]) == pytest.approx(reach, rel=1e-5) and reach > 5
+    assert float(spread.half[4]) == pytest.approx(reach, rel=1e-5) and reach > 3
 
 
 def test_an_image_from_anywhere_is_the_same(explained, photos):
@@ -389,6 +389,20 @@ def test_what_is_saved_explains_as_before(explained, resnet, new_image, tmp_path
     assert json.loads(json.dumps(again.settings["start_block"])) == explained.settings["start_block"]
     with pytest.raises(ValueError, match="the images are not here, only the prototypes"):
         again.picture(0)
+
+
+def test_fitted_again_it_shows_the_patches_of_its_new_prototypes(explained, resnet, photos, tmp_path):
+    """As notebook 4 does to a run that has prototypes: none of the patches saved before stay."""
+    explained.save(tmp_path)
+    again = kmex.load(tmp_path, module=resnet.module, images=photos)
+    one = passed.Passed.of(resnet, again.dataset, 4)
+    explainer = one.fit_encoder(4, again.explainers[4].normalisation, 3, seed=7, restarts=1)
+    again.add_encoder(explainer, one, one.map(explainer, "train"), seed=7, restarts=1)
+    for k in range(6):
+        index, position = (int(n[k, 0]) for n in near(again, 4))
+        segments = again.maps[4, "train"][index].numpy()
+        expected = segment_patch(again.dataset.train.rgb(index), segments, position)
+        assert np.array_equal(again.patch(4, k).pixels, expected)
 
 
 def test_with_its_images_it_is_as_it_was(explained, resnet, photos, tmp_path):

@@ -249,6 +249,7 @@ class Explained:
         self.explainers[b], self.maps[b, "train"] = explainer, maps.int()
         self.refits.pop(b, None)
         self.nearest[b] = Nearest.of(explainer, passed, maps)
+        self._drawn = {key: pixels for key, pixels in self._drawn.items() if key[0] != b}  # of prototypes before
         count = len(explainer.prototypes) // len(self.classes)
         how = {"start_block": b, "prototypes_per_class": count, **asdict(explainer.normalisation)}
         self._made[self.name(b)] = {**how, **settings}
