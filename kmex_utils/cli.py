@@ -92,14 +92,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default="explained", help="new folder for the results (default: explained)")
     add("--panel", nargs="*", default=[], metavar="IMAGE", help="images to draw Figure 1 of")
     add("--target", **target)
+    add("--small", action="store_true", help="save a few MB: without the encoder's weights, prototypes in float16")
     add("--report", action="store_true", help="write report.html, one file to send")
     add("--page", type=int, default=0, metavar="N", help="write page.html, the explorer of N images, one file to send")
     add("--export", action="store_true", help="write maps and tables of every image of the folder to <out>/export")
     add("--resume", action="store_true", help="go on in an --out folder that exists (an interrupted export continues)")
 
     saved = "folder of an explanation saved before"
+    of_small = {"default": "", "help": "of an explanation saved --small: the network's file, or imagenet"}
     add = command(show)
     add("saved", type=Path, help=saved)
+    add("--weights", **of_small)
     add("images", nargs="+", metavar="image", help="images to draw Figure 1 of, new ones too")
     add("--target", **target)
     add("--overlay", action="store_true", help="also lay map and attribution over each image, at its own resolution")
@@ -108,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command(export)
     add("saved", type=Path, help=saved)
     add("images", help="folder with images, in class folders or not")
+    add("--weights", **of_small)
     add("--out", required=True, help="new folder for maps and tables")
     add("--target", **target)
     add("--maps", default="npz", help="npz (default), png or none")
@@ -117,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command(measure)
     add("saved", type=Path, help=saved)
     add("images", help="the folder it was made from")
+    add("--weights", **of_small)
     add("--annotations", default="", help="of the images: keypoints or boxes as CSV, or a folder of masks")
     add("--count", type=int, default=20, help="held-out images to measure faithfulness on (default: 20)")
     add("--steps", type=int, default=10, help="of a curve of deletion or insertion (default: 10)")
@@ -146,7 +151,7 @@ def explain(options: argparse.Namespace) -> int:
     model = network(options.model, **{name: getattr(options, name) for name in NETWORK})
     _check(options, model)
     explained = fit.explain(model, options.folder, **{name: getattr(options, name) for name in EXPLAIN})
-    explained.save(options.out)
+    explained.save(options.out, small=options.small)
     assert explained.table is not None
     print(explained.table.to_string(float_format="{:.2f}".format, na_rep="–", index_names=False))
     pictures = _panels(explained, options.panel, options.out, options.target)
@@ -201,7 +206,7 @@ def show(options: argparse.Namespace) -> int:
     """Draw Figure 1 of new images by an explanation saved before. Nothing is fitted."""
     from .explanation.explained import Explained
 
-    explained = Explained.load(options.saved)
+    explained = Explained.load(options.saved, weights=options.weights)
     layers = ["map", *(["attribution"] if explained.network.form else [])] if options.overlay else []
     _panels(explained, options.images, options.out or options.saved, options.target, layers)
     return 0
@@ -212,7 +217,7 @@ def export(options: argparse.Namespace) -> int:
     from .explanation.explained import Explained
 
     how = {name: getattr(options, name) for name in ("target", "maps", "device", "resume")}
-    print(Explained.load(options.saved).export(options.out, options.images, **how))
+    print(Explained.load(options.saved, weights=options.weights).export(options.out, options.images, **how))
     return 0
 
 
@@ -222,7 +227,8 @@ def measure(options: argparse.Namespace) -> int:
     from .explanation.explained import Explained
     from .store import save_text
 
-    explained, out = Explained.load(options.saved, images=options.images), options.out or options.saved
+    explained = Explained.load(options.saved, images=options.images, weights=options.weights)
+    out = options.out or options.saved
     how = {"images": options.count, "steps": options.steps, "refits": options.refits}
     tables = measured(explained, options.annotations, **how, device=options.device)
     for name, table in tables.items():

@@ -152,15 +152,33 @@ explained.table.round(2)
 # %% [markdown]
 # ## Prototypes of a class
 #
-# The training patch nearest to each prototype of the first class, and in how many of the class's images it appears.
+# Of each prototype of the first class the nearest training patch, then, as that flatters, a typical one and the
+# weakest: of the class's images in which it has cells, the median and the last by distance. Above: in how many it has
+# any.
 
 # %%
 from kmex_utils.drawing import image_grid
 
 shallowest = explained.start_blocks[-1]
-of_class = (explained.explainers[shallowest].prototypes.labels == 0).nonzero().flatten().tolist()[:10]
-patches = [explained.patch(shallowest, k).pixels for k in of_class]
-image_grid(patches, ["{} of {}".format(*explained.sharing(shallowest, k)) for k in of_class])
+gallery = explained.gallery(shallowest)
+of_class = [k for k in gallery.index[gallery["class"] == explained.classes[0]] if explained.sharing(shallowest, k)[0]]
+of_class = of_class[:10]
+patches = [explained.patch(shallowest, k, rank).pixels for rank in (0, "typical", "weakest") for k in of_class]
+titles = ["{}: {} of {}".format(k, *explained.sharing(shallowest, k)) for k in of_class]
+image_grid(patches, titles + ["typical"] * len(of_class) + ["weakest"] * len(of_class), columns=len(of_class))
+# %% [markdown]
+# How they are used in the held-out images: a prototype that serves more wrong than right predictions, lies mostly in
+# `elsewhere`, or is close to another (`copy_distance`: over the median distance of two prototypes) is one to look at.
+# `explained.edits` leaves it out, merges or renames it, without touching the network.
+
+# %%
+gallery.loc[of_class].round(2)
+# %% [markdown]
+# Which classes an explainer takes for which, and what each model gets right (%). `explained.predictions()` names the
+# images.
+
+# %%
+explained.by_class(shallowest).round(1)
 # %% [markdown]
 # ## One image
 #
@@ -179,6 +197,12 @@ explained.panel(which, target=to)
 # %%
 explained.overlay(which, target=to, of="attribution" if network.form else "map")
 # %% [markdown]
+# Why is its largest segment of this prototype, and not of the nearest one of the second class? The difference of the
+# squared distances is a sum over blocks: each bar speaks for one of the two, its line is the spread over positions.
+
+# %%
+explained.margin(which).figure()
+# %% [markdown]
 # ## Explore
 #
 # Choose an image (arrow keys, thumbnails, filters), a start block and the class of the attribution. Hover over a
@@ -192,11 +216,14 @@ explorer
 # ## How far can it be believed?
 #
 # Three questions, each with what chance alone would give (`null`); notebooks 16, 17 and 19 ask them at length. Would
-# the map come out again? The share of positions that keep prototype and class when $k$-means starts from other seeds:
+# the map come out again? The share of positions that keep prototype and class when $k$-means starts from other seeds
+# (from here on, panels show it position by position, and the report in how many refits each prototype exists):
 
 # %%
 from kmex_utils.evaluation.measured import measured
 
+if refits:
+    explained.certainty(refits, device=device, scratch=paths.resolve(scratch) if scratch else None)
 how = {"images": 10, "steps": 6, "refits": refits, "device": device}
 tables = measured(explained, paths.resolve(annotations) if annotations else "", **how)
 if refits:

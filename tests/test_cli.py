@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 import kmex_utils as kmex
@@ -87,6 +88,17 @@ def test_new_images_are_shown_and_exported_from_what_was_saved(saved, tmp_path, 
     table = pd.read_parquet(tmp_path / "maps" / "images.parquet")
     assert len(table) == 3 and set(table.target) == {"0 − 1"}
     assert cli.main(folders) == 2 and "exists" in capsys.readouterr().err
+
+
+def test_saved_small_it_is_shown_with_the_networks_file(photos, tmp_path, capsys):
+    torch.save(kmex.network(ARCH, "random", image_size=64, seed=5).module.state_dict(), tmp_path / "weights.pt")
+    out, file = tmp_path / "small", str(tmp_path / "weights.pt")
+    model = ["--model", ARCH, "--weights", file, "--image-size", "64", "--device", "cpu"]
+    assert cli.main(["explain", str(photos), *model, *QUICK, "--small", "--out", str(out)]) == 0
+    assert not (out / "weights.safetensors").exists() and (out / "head.safetensors").exists()
+    image = str(photos / "flower" / "00.png")
+    assert cli.main(["show", str(out), image]) == 2 and "give weights=" in capsys.readouterr().err
+    assert cli.main(["show", str(out), image, "--weights", file]) == 0 and (out / "panel-00.png").exists()
 
 
 def test_arguments_of_the_architecture(photos, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import kmex_utils as kmex
+from kmex_utils.explanation.gallery import near_copies
 from kmex_utils.method.composite import composite
 
 pytest_plugins = ("tests.fixtures_explained",)
@@ -94,23 +95,26 @@ def test_use_of_a_prototype_by_a_loop(explained, b):
         assert row.cells == pytest.approx(100 * sum(count.values()) / (len(maps) * len(maps[0])))
         other = sum(n for c, n in count.items() if c != own)
         assert row.elsewhere == pytest.approx(100 * other / sum(count.values()))
+        assert row.most == pytest.approx(row.elsewhere), "of two classes"
         assert row.most_with == ((set(explained.classes) - {own}).pop() if other else "")
     assert table.cells.sum() == pytest.approx(100)
 
 
-def test_copies_are_measured_by_the_typical_distance(explained):
-    """The nearest centroid, in units of the root mean square distance of a class's rows from their own centroids."""
-    q, _ = rows(explained, 2, "train")
-    p, labels = explained.explainers[2].prototypes.vectors.double(), explained.dataset.train.labels
-    table = explained.gallery(2)
+def test_copies_are_measured_by_the_median_distance(explained):
+    p, table = explained.explainers[2].prototypes.vectors.double(), explained.gallery(2)
+    pairs = sorted((p[i] - p[j]).norm().item() for i in range(6) for j in range(i))
     for k, row in table.iterrows():
-        c = k // 3
-        distance = torch.cdist(q[labels == c].flatten(0, 1), p[3 * c : 3 * c + 3]).min(1).values
-        others = (p - p[k]).norm(dim=1)
-        others[k] = torch.inf
-        assert row.copy_of == int(others.argmin())
-        expected = (others.min() / distance.square().mean().sqrt()).item()
-        assert row.copy_distance == pytest.approx(expected, rel=1e-3)
+        others = {j: (p[j] - p[k]).norm().item() for j in range(6) if j != k}
+        assert row.copy_of == min(others, key=others.get)
+        assert row.copy_distance == pytest.approx(min(others.values()) / pairs[7])  # the median of 15
+
+
+def test_a_known_copy():
+    """Two of five on top of each other; the others at the corners of a square of side 1: median 1."""
+    corners = torch.tensor([[0.0, 0], [1, 0], [1, 1], [0, 1], [0, 0.1]], dtype=torch.float64)
+    copy, ratio = near_copies(corners)
+    assert copy[[0, 4]].tolist() == [4, 0] and ratio[[0, 4]].tolist() == pytest.approx([0.1, 0.1])
+    assert ratio[[1, 2]].tolist() == pytest.approx([1, 1])
 
 
 def test_edits_show_in_the_gallery(explained):

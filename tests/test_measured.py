@@ -133,3 +133,14 @@ def test_from_the_shell(explained, photos, masks, tables, tmp_path, capsys, resn
     }
     assert cli.main([*command, "--annotations", str(tmp_path / "none.csv")]) == 2
     assert "none.csv does not exist: give a table of parts" in capsys.readouterr().err
+
+
+def test_refits_there_are_used(tables, explained, monkeypatch):
+    """As many as asked for are not fitted again, and give the same table."""
+    explained.certainty(2, device="cpu", log=str)
+    monkeypatch.setattr("kmex_utils.evaluation.measured.refitted", lambda *of, **how: pytest.fail("fitted again"))
+    try:
+        again = measured(explained, refits=2, images=2, steps=2, device="cpu")["certainty"]
+    finally:
+        explained.refits.clear()
+    pd.testing.assert_frame_equal(again, tables["certainty"])

@@ -272,7 +272,8 @@ class Explained:
             segments = maps[index].numpy()
             pixels = segment_patch(self.dataset.train.rgb(index), segments, position)
         name = self.classes[int(self.explainers[start_block].prototypes.labels[prototype])]
-        return Patch(prototype, name, 0.0, pixels, index, name=self.edits.names(start_block).get(prototype, ""))
+        own = self.edits.names(start_block).get(prototype, "")
+        return Patch(prototype, name, 0.0, pixels, index, name=own)
 
     def patches(self, start_block: int, prototype: int) -> list[Patch]:
         """The nearest training patches of a prototype, each of another image; of all that are merged with it."""
@@ -315,9 +316,9 @@ class Explained:
         DataFrame
             By prototype its ``class`` and own ``name``; in how many ``images`` it has a cell, and its share of all
             ``cells`` in %; in how many images that the explainer gives to its class rightly (``right``) and wrongly
-            (``wrong``); the share of its cells in other classes' images in % (``elsewhere``), and the class that has
-            most of them (``most_with``); the nearest other prototype (``copy_of``) and its distance, in units of the
-            typical (root mean square) distance of a training row of the class from its centroid (``copy_distance``);
+            (``wrong``); the share of its cells in other classes' images in % (``elsewhere``), and in the one of them
+            that has ``most`` (``most_with``); the nearest other prototype (``copy_of``) and how far it is, over the
+            median distance of two prototypes (``copy_distance``);
             after :meth:`certainty` in how many refits it ``exists``.
         """
         return gallery.gallery(self, start_block, split)

@@ -11,7 +11,6 @@ from .passed import SPLITS
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..method.explainers import EncoderKMeans
     from .explained import Explained
 
 
@@ -109,7 +108,7 @@ def gallery(explained: "Explained", start_block: int = 0, split: str = "") -> "p
     in_class = torch.zeros(classes + 1, count).index_add_(0, labels % (classes + 1), cells)[:classes]
     elsewhere = in_class.scatter(0, p.labels[None], 0)
     left = left_of(explained.edits.segment(b))
-    copy, ratio = near_copies(explainer, left)
+    copy, ratio = near_copies(p.vectors[left].double())
     all_cells = in_class.sum(0)
     columns = {
         "class": np.array(explained.classes, object)[p.labels],
@@ -119,24 +118,23 @@ def gallery(explained: "Explained", start_block: int = 0, split: str = "") -> "p
         "right": (there & right).sum(0),
         "wrong": (there & wrong).sum(0),
         "elsewhere": 100 * elsewhere.sum(0) / all_cells,
+        "most": 100 * elsewhere.amax(0) / all_cells,
         "most_with": np.where(elsewhere.amax(0) > 0, np.array(explained.classes, object)[elsewhere.argmax(0)], ""),
     }
     table = pd.DataFrame(columns, pd.Index(range(count), name="prototype")).loc[left.tolist()]
-    table["copy_of"], table["copy_distance"] = copy.numpy(), ratio.numpy()
+    table["copy_of"], table["copy_distance"] = left[copy].numpy(), ratio.numpy()
     if b in explained.refits:
         table["exists"] = explained.refits[b].exists[left].numpy()
     return table
 
 
-def near_copies(explainer: "EncoderKMeans", left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each prototype ``left`` [n] the nearest other one, and how far it is, [n] each.
+def near_copies(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each prototype [n, D] the nearest other one, and its distance over the median one of two prototypes, [n] each.
 
-    The distance is in units of the root mean square distance of its class's training rows from their own centroids.
+    Rows scatter far more around a centroid than centroids lie apart, in hundreds of channels, so that their distance
+    would make every prototype a copy.
     """
-    p = explainer.prototypes
-    rows = torch.zeros(explainer.classes, dtype=torch.float64).index_add_(0, p.labels, p.sizes.double())
-    radius = (p.inertia / rows).sqrt()[p.labels[left]]
-    vectors = p.vectors[left].double()
-    distance = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
-    nearest = distance.min(1)
-    return left[nearest.indices], nearest.values / radius
+    distance = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
+    median = distance[tuple(torch.triu_indices(len(vectors), len(vectors), 1))].median()
+    nearest = distance.fill_diagonal_(torch.inf).min(1)
+    return nearest.indices, nearest.values / median

@@ -75,8 +75,8 @@ class Margin:
         bars.barh(table.index, table.contribution, xerr=table.spread, color=colours)
         bars.axvline(0, color="0.3", linewidth=0.8)
         bars.invert_yaxis()
-        bars.set_title(f"{self.name}: margin {self.total / self.apart:.2f} of the way apart", fontsize=8)
-        bars.set_xlabel(f"against  |  for {self.a.prototype}, share of the distance²")
+        bars.set_title(f"{self.name}: {self.total / self.apart:.2f} in all (0: border, 1: the prototype)", fontsize=8)
+        bars.set_xlabel(f"speaks for {self.b.prototype} (below 0) or {self.a.prototype}")
         return figure
 
 

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("report.html")
 # patch size in pixels, WebP quality, and examples beside the nearest patch, tried in order until the file fits
 LEVELS = ((112, 85, EXAMPLES), (88, 75, EXAMPLES), (64, 60, EXAMPLES), (64, 60, ()))
-COPY = 0.5  # of the typical distance of a row from its centroid: nearer prototypes are called near-copies
-SHARED = 50.0  # % of a prototype's cells in images of other classes: from there on it is said to be shared
-NAMED = 6  # images and classes that a line names
+# Of the median distance of two prototypes: nearer ones are called near-copies. Of frozen ImageNet features on 23 birds
+# that are 8 to 21 of 115 prototypes, of a network trained on STL-10 none of 50.
+COPY = 0.25
 NOT_SHOWN = ("classes", "data", "folder", "stand_in_classes")  # lists, and paths of the sender's machine
 PANEL_DPI = 120  # 620 pixels a panel, as wide as the page shows it
 
@@ -120,8 +120,6 @@ def _page(
         split=SPLITS["test" if held_out else "train"],
         refits=[refits.line(explained.name(b)) for b, refits in explained.refits.items()],
         copy=COPY,
-        shared=SHARED,
-        named=NAMED,
         settings=list(_flat(explained.settings)),
     )
 
@@ -158,6 +156,7 @@ def _class(
     wrong = {}
     if known:
         said = known["predictions"][known["predictions"].label == name]
+        said.index = [Path(image).name for image in said.index]
         wrong = {model: list(said.loc[said[model] != name, model].items()) for model in said if model != "label"}
     images = explained.sharing(b, of_class[0])[1]
     return {"name": name, "images": images, "explainers": explainers, "wrong": wrong}
