@@ -41,7 +41,7 @@ TAKES = {  # parameters a data set's entry in the configuration may set, beside 
     "06_alignment": [],
     "07_accuracy": [],
     "08_umap": ["group"],
-    "09_interpretation": ["image", "target", "attribution_start"],
+    "09_interpretation": ["image", "target", "attribution_start", "closer", "device"],
     "10_subset": ["fractions", "draws", "restarts", "device"],
     "13_open_choices": ["fit_on", "others", "device"],
     "14_depth": ["fit_on", "device"],
@@ -304,7 +304,7 @@ rule interpretation:
         f"{TABLES}/figure1.png",
         f"{TABLES}/figure1.pdf",
     params:
-        given=given("09_interpretation", seed=first_seed, figures_folder=FIGURES),
+        given=given("09_interpretation", seed=first_seed, threads=config["threads"], figures_folder=FIGURES),
     log:
         f"{DATA}/notebooks/09_interpretation.ipynb",
     benchmark:

@@ -82,7 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--prototypes-per-class", type=int, default=5, help="K/C (default: 5)")
     add("--held-out", type=float, default=0.2, help="share of each class to measure accuracy on (default: 0.2)")
     add("--norm", default="position", help="of eq. 8: position (default), channel or image")
-    add("--scale", default="1/D", help="of eq. 8: 1/D (default), 1/sqrt(D) or 1")
+    add(
+        "--scale",
+        default="1",
+        help="of eq. 8: 1 (default: blocks weigh the same), 1/sqrt(D) or 1/D, as the paper prints",
+    )
     add("--align-corners", action="store_true", help="in the interpolation of eq. 7")
     add("--grid", default="shallowest", help="of eq. 7: the shallowest (default) or deepest block's, or double")
     add("--restarts", type=int, default=3, help="of k-means (default: 3)")

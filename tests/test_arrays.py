@@ -13,9 +13,10 @@ from torch import nn
 
 import kmex_utils as kmex
 from kmex_utils.explanation.arrays import attribute
-from kmex_utils.method.composite import composite
+from kmex_utils.method.composite import Normalisation, composite
 
 pytest_plugins = ("tests.fixtures_explained",)
+EQUAL = Normalisation(scale="1")  # the default of explain()
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_of_any_input_by_its_own_map(explained, x):
         assert att.shape == (3, 64, 64)
         for i, image in enumerate((0, 4)):
             np.testing.assert_allclose(att[i], explained.labels(image, b).attribution, rtol=1e-4, atol=1e-7)
-        q = composite(explained.network.activations(x)[b - 1 :])
+        q = composite(explained.network.activations(x)[b - 1 :], EQUAL)
         q_s = torch.cdist(q.double(), explained.explainers[b].prototypes.vectors.double()).argmin(2)
         assert (q_s.view(3, -1) == explained.see_inputs(x).maps[b].flatten(1)).float().mean() > 0.99, "but for ties"
     each = attribute(explained, x, torch.tensor([1, 0, 1]))

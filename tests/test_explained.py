@@ -21,10 +21,11 @@ from kmex_utils.explanation import fit, passed
 from kmex_utils.explanation.explained import Explained
 from kmex_utils.explanation.interpretation import segment_patch
 from kmex_utils.method.attribution import attribution, segment_mean
-from kmex_utils.method.composite import composite
+from kmex_utils.method.composite import Normalisation, composite
 from kmex_utils.method.measures import cosine_alignment
 
 pytest_plugins = ("tests.fixtures_explained",)
+EQUAL = Normalisation(scale="1")  # the default of explain()
 SIZE = 64
 OPTIONS = {"prototypes_per_class": 3, "held_out": 0.25, "restarts": 2, "device": "cpu"}
 
@@ -74,7 +75,7 @@ def test_a_panel_by_definition(explained, index):
     picture = explained.picture(index)
     x, y = activations_of(explained, picture.pixels[None])
     for part, b in zip(explained.interpretations(index, [4, 3, 2]), (4, 3, 2), strict=True):
-        q = composite(x[b - 1 :])[0]
+        q = composite(x[b - 1 :], EQUAL)[0]
         expected = torch.cdist(q, explained.explainers[b].prototypes.vectors).argmin(1)
         assert (part.map.ravel() == expected.numpy()).mean() > 0.99  # but for near ties
         shares = [patch.share for patch in part.patches]
@@ -238,7 +239,7 @@ def test_the_table_by_definition(explained):
 
 def test_nearest_patches_and_sharing_by_definition(explained):
     train = explained.dataset.train
-    q = composite(activations_of(explained, train.pixels)[0][1:])
+    q = composite(activations_of(explained, train.pixels)[0][1:], EQUAL)
     prototypes = explained.explainers[2].prototypes
     for k in range(len(prototypes)):
         members = torch.nonzero(train.labels == prototypes.labels[k]).flatten()
@@ -749,7 +750,7 @@ def test_images_of_two_sides(size, photos, tmp_path):
     assert part.map.shape == part.attribution.shape == grid
     x, y = activations_of(explained, picture.pixels[None])
     torch.testing.assert_close(y, module(x_of(explained, picture)), rtol=1e-5, atol=1e-6)
-    expected = torch.cdist(composite(x)[0], explained.explainers[1].prototypes.vectors).argmin(1)
+    expected = torch.cdist(composite(x, EQUAL)[0], explained.explainers[1].prototypes.vectors).argmin(1)
     assert (part.map.ravel() == expected.numpy()).mean() > 0.99
     assert all(max(patch.pixels.shape) <= max(size) for patch in part.patches)
     explained.panel(0), explained.report(tmp_path / "report.html", panels=[0])

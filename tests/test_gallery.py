@@ -9,9 +9,10 @@ import torch
 
 import kmex_utils as kmex
 from kmex_utils.explanation.gallery import near_copies
-from kmex_utils.method.composite import composite
+from kmex_utils.method.composite import Normalisation, composite
 
 pytest_plugins = ("tests.fixtures_explained",)
+EQUAL = Normalisation(scale="1")  # the default of explain()
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def loaded(explained, resnet, photos, tmp_path_factory):
 def rows(explained, b, split):
     """q of every image [N, R', D], and its nearest prototype [N, R']."""
     x = explained.network.activations(explained.network.input(explained.dataset.split(split).pixels))
-    q = composite(x[b - 1 :]).double()
+    q = composite(x[b - 1 :], EQUAL).double()
     return q, torch.cdist(q, explained.explainers[b].prototypes.vectors.double()).argmin(2)
 
 

@@ -308,6 +308,14 @@ class Explained:
         """
         return gallery.by_class(self, start_block, split)
 
+    def cautions(self) -> dict[int, str]:
+        """By start block a line on each explainer that falls far below the network on held-out images, with the cause.
+
+        More than 10 points and twice the standard error below it: such a map shows what the explainer sees, not why
+        the network decides. Said when it is fitted, in panels and in the report.
+        """
+        return gallery.cautions(self)
+
     def gallery(self, start_block: int = 0, split: str = "") -> "pd.DataFrame":
         """How the prototypes of an explainer are used in a split's images; arguments as in :meth:`by_class`.
 
@@ -595,8 +603,9 @@ class Explained:
         of = f", attribution to {to}" if to not in ("", predicted) else ""
         words = f"{Path(picture.name).name}: {self.network.name} says {predicted}{of}"
         shown = start_blocks or {self.start_blocks[0], self.start_blocks[-1]}
-        unsure = [refits.line(self.name(b)) for b, refits in self.refits.items() if b in shown and not refits.repeats]
-        return figure1(picture.rgb, parts, "\n".join([title or words, *unsure]))
+        notes = [line for b, line in self.cautions().items() if b in shown]
+        notes += [refits.line(self.name(b)) for b, refits in self.refits.items() if b in shown and not refits.repeats]
+        return figure1(picture.rgb, parts, "\n".join([title or words, *notes]))
 
     def overlay(self, image: AnyImage, start_block: int = 0, target: Target = "", **options: Any) -> Image.Image:
         """Map or attribution over the picture at its own resolution, from a start block (0: the shallowest).

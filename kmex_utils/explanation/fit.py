@@ -34,7 +34,7 @@ def explain(
     prototypes_per_class: int = 5,
     held_out: float = 0.2,
     norm: str = "position",
-    scale: str = "1/D",
+    scale: str = "1",
     align_corners: bool = False,
     grid: str = "shallowest",
     restarts: int = 3,
@@ -63,7 +63,8 @@ def explain(
     held_out
         Share of each class kept from the prototypes, to measure accuracy on, where the folder has no ``test/``.
     norm, scale, align_corners, grid
-        Of eq. 7 and 8, as in :class:`~kmex_utils.method.composite.Normalisation`.
+        Of eq. 7 and 8, as in :class:`~kmex_utils.method.composite.Normalisation`. Blocks weigh the same by default; the
+        paper prints ``1/D``, with which the last block hardly counts.
     restarts, seed
         Of k-means; the seed also draws the held-out images.
     scratch
@@ -131,6 +132,10 @@ def explain(
         finally:
             network.to("cpu")
         explained.table = _table(explained, z, log)
+    assert explained.dataset is not None
+    settings["held_out_images"] = int((explained.dataset.test.labels >= 0).sum())
+    for line in explained.cautions().values():
+        log(line)
     return explained
 
 

@@ -91,6 +91,48 @@ def by_class(explained: "Explained", start_block: int = 0, split: str = "") -> "
     return result.rename_axis("class")
 
 
+FAR = 10.0  # points below the network; depth costs 8 on the paper's STL-10, which it calls a trade-off
+
+
+def cautions(explained: "Explained") -> dict[int, str]:
+    """A line on each explainer, by start block, that falls far below the network on held-out images.
+
+    By more than 10 points and by more than twice the standard error of the difference. Where the network's accuracy is
+    not known, it is measured against the best explainer.
+    """
+    table, n = explained.table, explained.settings.get("held_out_images", 0)
+    if table is None or not n:
+        return {}
+    word = "agreement" if explained.predictions_as_labels else "accuracy"
+    known = table[f"{word}, {SPLITS['test']} (%)"].dropna()
+    known = known[[not name.endswith(", edited") for name in known.index]]
+    if explained.predictions_as_labels:
+        whose, best = "the network", 100.0
+    else:
+        whose = "the network" if "CNN" in known else str(known.idxmax())
+        best = float(known["CNN"] if "CNN" in known else known.max())
+    lines = {}
+    last = explained.start_blocks[0]
+    for b in explained.start_blocks:
+        ours = float(known.get(explained.name(b), best))
+        error = (sum(p * (100 - p) for p in (ours, best)) / n) ** 0.5
+        if best - ours <= max(FAR, 2 * error):
+            continue
+        scale = explained.explainers[b].normalisation.scale
+        above = [explained.name(other) for other in explained.start_blocks if other > b and other not in lines]
+        if b < last and scale in ("1/D", "1/sqrt(D)"):
+            why = f"with scale={scale!r} shallow blocks outweigh the last: scale='1' weighs blocks equally"
+        elif above:
+            why = f"blocks before {above[-1]}'s do not tell these classes apart: believe {above[-1]}"
+        else:
+            why = "too few prototypes or images for these classes: try more prototypes_per_class"
+        lines[b] = (
+            f"{explained.name(b)} is right on {ours:.0f} % of the held-out images, {whose} on {best:.0f} %: "
+            f"its map does not explain the prediction. Likely cause: {why}."
+        )
+    return lines
+
+
 def gallery(explained: "Explained", start_block: int = 0, split: str = "") -> "pd.DataFrame":
     """As :meth:`Explained.gallery` says."""
     import pandas as pd
