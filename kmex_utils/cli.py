@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
 NETWORK = ("weights", "arch_args", "classes", "blocks", "head", "image_size", "mean", "std", "fit", "window")
 OF_EQ_8 = ("norm", "scale", "align_corners", "grid")
-EXPLAIN = ("start_block", "prototypes_per_class", "held_out", *OF_EQ_8, "restarts", "seed", "device", "scratch")
+EXPLAIN = (
+    "start_block",
+    "prototypes_per_class",
+    "held_out",
+    "fit_on",
+    *OF_EQ_8,
+    "restarts",
+    "seed",
+    "device",
+    "scratch",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--start-block", type=int, default=0, help="shallowest block to explain from (default: the last three blocks)")
     add("--prototypes-per-class", type=int, default=5, help="K/C (default: 5)")
     add("--held-out", type=float, default=0.2, help="share of each class to measure accuracy on (default: 0.2)")
+    add("--fit-on", type=int, default=0, help="images of each class that prototypes come from (default: all)")
     add("--norm", default="position", help="of eq. 8: position (default), channel or image")
     add(
         "--scale",

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from kmex_utils.method.composite import composite
+from kmex_utils.method.composite import Normalisation, composite
 
 pytest_plugins = ("tests.fixtures_explained",)
+EQUAL = Normalisation(scale="1")  # the default of explain()
 
 
 def rows(explained, b, index):
     x = explained.network.activations(explained.network.input(explained.picture(index).pixels[None]))
-    return composite(x[b - 1 :])[0].double()
+    return composite(x[b - 1 :], EQUAL)[0].double()
 
 
 @pytest.mark.parametrize("b", [4, 3, 2])

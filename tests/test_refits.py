@@ -10,9 +10,10 @@ import torch
 
 import kmex_utils as kmex
 from kmex_utils.explanation.refits import Refits
-from kmex_utils.method.composite import composite
+from kmex_utils.method.composite import Normalisation, composite
 
 pytest_plugins = ("tests.fixtures_explained",)
+EQUAL = Normalisation(scale="1")  # the default of explain()
 OPTIONS = {"prototypes_per_class": 3, "held_out": 0.25, "restarts": 1, "device": "cpu"}
 
 
@@ -25,7 +26,7 @@ def sure(resnet, photos):
 
 def cells(explained, b, vectors, pixels):
     x = explained.network.activations(explained.network.input(pixels))
-    value, index = torch.cdist(composite(x[b - 1 :]).double(), vectors).topk(2, largest=False)
+    value, index = torch.cdist(composite(x[b - 1 :], EQUAL).double(), vectors).topk(2, largest=False)
     return index[..., 0], value[..., 1] / value[..., 0] > 1.0001  # else rounding decides
 
 

@@ -288,9 +288,9 @@ class Explained:
         return int(nearest.shared[prototype]), int(nearest.images[prototype])
 
     def fitted_with(self, start_block: int) -> dict[str, Any]:
-        """Seed and restarts of an explainer's k-means."""
+        """Seed and restarts of an explainer's k-means, and of how many images of each class it is, if not of all."""
         made = self._made[self.name(start_block)]
-        return {"seed": made.get("seed", 0), "restarts": made.get("restarts", 1)}
+        return {"seed": made.get("seed", 0), "restarts": made.get("restarts", 1), "fit_on": made.get("fit_on", 0)}
 
     def predictions(self, split: str = "") -> "pd.DataFrame":
         """What network and explainers say of a split's images: by image its ``label``, then a column for each.

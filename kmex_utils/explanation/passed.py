@@ -110,6 +110,13 @@ class Passed:
         members = [(self.labels["train"] == c).nonzero().flatten() for c in range(len(self.classes))]
         return torch.cat([index[: images_per_class or None] for index in members]).sort().values
 
+    def some_of_each_class(self, images_per_class: int, seed: int) -> torch.Tensor:
+        """Index of so many training images of each class, drawn without replacement (0: all), ascending, [n]."""
+        generator = torch.Generator().manual_seed(seed)
+        members = [(self.labels["train"] == c).nonzero().flatten() for c in range(len(self.classes))]
+        drawn = [of[torch.randperm(len(of), generator=generator)[: images_per_class or None]] for of in members]
+        return torch.cat(drawn).sort().values
+
     def z(self, split: str, index: torch.Tensor | None = None) -> torch.Tensor:
         """Embeddings of a split, or of some of its images, [N, D]."""
         parts = (self._all(split) if index is None else index).split(512)  # images: h of more would be copied at once

@@ -105,19 +105,21 @@ def refit(
 
 
 def refitted(
-    passed: Passed, explainer: EncoderKMeans, refits: int = 5, *, seed: int = 0, **options: Any
+    passed: Passed, explainer: EncoderKMeans, refits: int = 5, *, seed: int = 0, fit_on: int = 0, **options: Any
 ) -> list[EncoderKMeans]:
     """The explainer fitted again from the seeds after ``seed``, its own; prototypes are numbered as their partners'.
 
     ``options`` are those of :meth:`Passed.fit_encoder` that the explainer was fitted with: ``restarts``, ``index``.
+    With ``fit_on`` each refit draws so many training images of each class for itself.
     """
     if refits < 1:
         raise ValueError(f"refits must be at least 1, got {refits}")
     count = len(explainer.prototypes) // explainer.classes
-    fits = (
-        passed.fit_encoder(explainer.start_block, explainer.normalisation, count, seed=seed + i, **options)
-        for i in range(1, refits + 1)
-    )
+    fits = []
+    for draw in range(seed + 1, seed + 1 + refits):
+        drawn = {"index": passed.some_of_each_class(fit_on, draw)} if fit_on else {}
+        how = {**options, **drawn, "seed": draw}
+        fits.append(passed.fit_encoder(explainer.start_block, explainer.normalisation, count, **how))
     return [matched(refit, explainer) for refit in fits]
 
 
