@@ -662,14 +662,15 @@ def test_what_was_held_out_is_what_is_recorded(resnet, photos, tmp_path):
 def test_embeddings_alone_have_no_views(explained, tmp_path):
     alone = Explained(explained.network, explained.dataset, explained.settings)
     alone.add_kmex(explained.kmex[1], seed=0, restarts=1)
-    for view in (
+    for shown in (
         lambda: alone.panel(0),
         lambda: alone.explorer(),
         lambda: alone.report(tmp_path / "report.html"),
+        lambda: alone.page(tmp_path / "page.html"),
         lambda: alone.export(tmp_path / "maps", maps="png"),
     ):
         with pytest.raises(ValueError, match="no prototypes of the encoder"):
-            view()
+            shown()
     assert not list(tmp_path.iterdir())
 
 

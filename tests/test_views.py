@@ -100,7 +100,9 @@ def test_where_refits_are_known_the_view_says_how_sure_each_position_is(explaine
     try:
         certainty = view(explained, 0, 2)["certainty"]
         assert certainty == [[0.5] * len(row) for row in certainty] and view(explained, 0, 4)["certainty"] is None
-        assert about(explained)["refits"]["B234"].startswith("B234: 6 of 6 prototypes exist in most of 2 refits")
+        monkeypatch.setattr(explained, "cautions", lambda: {2: "B234 is right on few"})
+        assert about(explained)["notes"]["B234"][0] == "B234 is right on few"
+        assert about(explained)["notes"]["B234"][-1].startswith("B234: 6 of 6 prototypes exist in most of 2 refits")
     finally:
         explained._kept.cache_clear()
 

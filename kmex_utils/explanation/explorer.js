@@ -444,7 +444,7 @@ export function render({ model, el }) {
     heading.replaceChildren();
     make("b", "", heading, now.name);
     heading.append(` · ${says.join(" · ")}`);
-    if (about.refits[now.explainer]) make("div", "kmex-refits", heading, about.refits[now.explainer]);
+    about.notes[now.explainer].forEach((note) => make("div", "kmex-note", heading, note));
     image.caption.textContent = "image";
     map.caption.textContent = `explanation map ${now.explainer}`;
     map.caption.title = "a cell has seen far more than its square: a convolution's outputs depend on what lies around";
