@@ -99,9 +99,8 @@ def test_images_seen_and_panels_follow(edited, photos):
         assert {p.label for p in part.patches if p.prototype == 0} <= {"$petal$ <b>"}
     assert [p.prototype for p in edited.patches(2, 0)][:4] == [0, 1, 0, 1] and len(edited.patches(2, 0)) == 10
     edited.panel(0)
-    assert {p["prototype"] for p in view(edited, 0, 2)["prototypes"]} == set(
-        np.unique(edited.maps[2, "test"][0]).tolist()
-    )
+    shown = view(edited, 0, 2)
+    assert {p["prototype"] for p in shown["prototypes"]} == set(np.unique(edited.maps[2, "test"][0]).tolist())
 
 
 def test_undo_is_as_it_was(edited):

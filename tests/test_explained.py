@@ -19,6 +19,7 @@ import kmex_utils as kmex
 from kmex_utils import cli, data, drawing, networks
 from kmex_utils.explanation import fit, passed
 from kmex_utils.explanation.explained import Explained
+from kmex_utils.explanation.explorer import about, view
 from kmex_utils.explanation.interpretation import segment_patch
 from kmex_utils.method.attribution import attribution, segment_mean
 from kmex_utils.method.composite import Normalisation, composite
@@ -290,8 +291,7 @@ def test_where_eq_11_does_not_hold(photos):
     assert "CNN" not in explained.table.index and {"B4", "B34", "KMEx (K/C=2)"} <= set(explained.table.index)
     assert explained.interpretations(0)[0].attribution is None
     assert "eq. 11" in str([text.get_text() for axes in explained.panel(0).axes for text in axes.texts])
-    view = explained.explorer().view(0, 3)
-    assert view["attribution"] is None and "Linear" in view["why_no_attribution"]
+    assert view(explained, 0, 3)["attribution"] is None and "Linear" in about(explained)["why_no_attribution"]
 
 
 @pytest.mark.parametrize("arch", ["mobilenet_v3_small", "convnext_tiny"])
@@ -337,7 +337,7 @@ def test_a_data_set_of_this_project():
     for i in (0, 29, 30, 59):
         picture = explained.picture(explained.names[i])
         assert np.array_equal(picture.pixels, digits.split(picture.split).pixels[picture.index])
-        assert explained.explorer().view(i, 4)["name"] == explained.names[i]
+        assert view(explained, i, 4)["name"] == explained.names[i]
     assert picture.rgb.shape == (32, 32, 3)
     with pytest.raises(ValueError, match="give the folder of images to export"):
         explained.export("nowhere")
@@ -662,14 +662,15 @@ def test_what_was_held_out_is_what_is_recorded(resnet, photos, tmp_path):
 def test_embeddings_alone_have_no_views(explained, tmp_path):
     alone = Explained(explained.network, explained.dataset, explained.settings)
     alone.add_kmex(explained.kmex[1], seed=0, restarts=1)
-    for view in (
+    for shown in (
         lambda: alone.panel(0),
         lambda: alone.explorer(),
         lambda: alone.report(tmp_path / "report.html"),
+        lambda: alone.page(tmp_path / "page.html"),
         lambda: alone.export(tmp_path / "maps", maps="png"),
     ):
         with pytest.raises(ValueError, match="no prototypes of the encoder"):
-            view()
+            shown()
     assert not list(tmp_path.iterdir())
 
 
@@ -721,7 +722,7 @@ def test_odd_names_go_everywhere(odd_photos, tmp_path):
     assert explained.classes == ("<b>flow&er", "t$emp\\udce9l$e") and len(set(explained.names)) == 12
     for index, name in enumerate(explained.names):
         assert explained.picture(name).index == explained.picture(index).index
-        assert len(explained.explorer().view(name, 1)["prototypes"]) > 0
+        assert len(view(explained, name, 1)["prototypes"]) > 0
     files = [
         odd_photos / os.fsdecode(b"t$emp\xe9l$e") / os.fsdecode(name) for name in (b"caf\xe9.png", b"new\nline.png")
     ]
@@ -754,7 +755,7 @@ def test_images_of_two_sides(size, photos, tmp_path):
     assert (part.map.ravel() == expected.numpy()).mean() > 0.99
     assert all(max(patch.pixels.shape) <= max(size) for patch in part.patches)
     explained.panel(0), explained.report(tmp_path / "report.html", panels=[0])
-    assert explained.explorer().view(0, 1)["map"] == explained.explorer().view(explained.names[0], 1)["map"]
+    assert view(explained, 0, 1)["map"] == view(explained, explained.names[0], 1)["map"]
     maps = explained.export(tmp_path / "export", log=str) / "maps"
     assert np.load(maps / f"{picture.name}.npz")["B123"].tolist() == part.map.tolist()
     loaded = kmex.load(explained.save(tmp_path / "saved"), copy.deepcopy(module))

@@ -452,6 +452,7 @@ def test_your_own_model_on_notebook_1s_data(story):
         assert table.loc["CNN", column] == pytest.approx(train["CNN", "accuracy", split])
         assert abs(table.loc["B4", column] - encoder["B4", "accuracy", split]) < 15  # another restart of k-means
     assert 20_000 < (story / "own" / "report.html").stat().st_size < 5_000_000
+    assert 20_000 < (story / "own" / "page.html").stat().st_size < 20_000_000
 
 
 @pytest.mark.notebook

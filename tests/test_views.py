@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import kmex_utils as kmex
-from kmex_utils.explanation.explorer import patches, prototype, view
+from kmex_utils.explanation.explorer import about, patches, prototype, view
 from kmex_utils.explanation.refits import Refits
 
 pytest_plugins = ("tests.fixtures_explained",)
@@ -87,6 +87,24 @@ def test_prototypes_with_their_patches(explained):
         2: Refits(torch.empty(2, 0, 0), torch.tensor([[0.6] * 6, [0.2] * 6]), torch.zeros(2, 6), torch.ones(2))
     }
     assert prototype(edited, 2, 4)["exists"] == "1 of 2"
+
+
+def test_where_refits_are_known_the_view_says_how_sure_each_position_is(explained, monkeypatch):
+    """Of two refits one is the fit itself, in the other every prototype has another's place."""
+    vectors = explained.explainers[2].prototypes.vectors
+    swapped = vectors.roll(1, 0)
+    refits = Refits(torch.stack([vectors, swapped]), torch.ones(2, 6), torch.zeros(2, 6), torch.tensor([1.0, 0.0]))
+    assert view(explained, 0, 2)["certainty"] is None
+    monkeypatch.setattr(explained, "refits", {2: refits})
+    explained._kept.cache_clear()
+    try:
+        certainty = view(explained, 0, 2)["certainty"]
+        assert certainty == [[0.5] * len(row) for row in certainty] and view(explained, 0, 4)["certainty"] is None
+        monkeypatch.setattr(explained, "cautions", lambda: {2: "B234 is right on few"})
+        assert about(explained)["notes"]["B234"][0] == "B234 is right on few"
+        assert about(explained)["notes"]["B234"][-1].startswith("B234: 6 of 6 prototypes exist in most of 2 refits")
+    finally:
+        explained._kept.cache_clear()
 
 
 def test_the_widget_follows_its_choice(explained):

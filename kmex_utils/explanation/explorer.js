@@ -41,7 +41,7 @@ function panel(parent, name) {
 }
 
 function percent(share) {
-  return share < 0.01 ? "< 1\u00a0%" : `${Math.round(100 * share)}\u00a0%`;
+  return share > 0 && share < 0.01 ? "< 1\u00a0%" : `${Math.round(100 * share)}\u00a0%`;
 }
 
 function short(name) {
@@ -386,7 +386,7 @@ export function render({ model, el }) {
     if (now.certainty) {
       const inMap = now.map.flat();
       const share = mean(now.certainty.flat().filter((_, i) => inMap[i] === index));
-      make("div", "kmex-sure", words, `its cells keep it in ${percent(share)} of them`);
+      make("div", "kmex-sure", words, `a cell keeps it in ${percent(share)} of refits, on average`);
     }
     const kept = model.get("selected") === p.prototype && model.get("gallery").length;
     const patches = make("div", "kmex-patches", detail);
@@ -444,7 +444,7 @@ export function render({ model, el }) {
     heading.replaceChildren();
     make("b", "", heading, now.name);
     heading.append(` · ${says.join(" · ")}`);
-    if (about.refits[now.explainer]) make("div", "kmex-refits", heading, about.refits[now.explainer]);
+    about.notes[now.explainer].forEach((note) => make("div", "kmex-note", heading, note));
     image.caption.textContent = "image";
     map.caption.textContent = `explanation map ${now.explainer}`;
     map.caption.title = "a cell has seen far more than its square: a convolution's outputs depend on what lies around";

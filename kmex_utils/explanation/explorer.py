@@ -142,14 +142,17 @@ def about(explained: "Explained") -> dict[str, Any]:
     """What is the same for all views."""
     from matplotlib import colormaps
 
-    ramp = np.arange(256)
+    ramp, cautions = np.arange(256), explained.cautions()
+    notes = {explained.name(b): [cautions[b]] if b in cautions else [] for b in explained.start_blocks}
+    for b, refits in explained.refits.items():
+        notes[explained.name(b)].append(refits.line(explained.name(b)))
     return {
         "blocks": [(b, explained.name(b)) for b in explained.start_blocks],
         "classes": list(explained.classes),
         "targets": list(dict.fromkeys(explained.network.classes)) if explained.network.form else [],
         "same_words": gallery.network_classes(explained) is not None,
         "why_no_attribution": "" if explained.network.form else explained.network.between,
-        "refits": {explained.name(b): refits.line(explained.name(b)) for b, refits in explained.refits.items()},
+        "notes": notes,
         "diverging": colormaps["RdBu_r"](ramp, bytes=True)[:, :3].tolist(),
         "sequential": colormaps["cividis"](ramp, bytes=True)[:, :3].tolist(),
     }
