@@ -36,9 +36,9 @@ def test_the_likely_cause_is_named(told):
     (line,) = told(CNN=97.0, B4=97.0, B34=95.0, B234=58.0, scale="1/D").values()
     assert line.startswith("B234 is right on 58 % of the held-out images, the network on 97 %") and "scale='1'" in line
     (line,) = told(CNN=97.0, B4=97.0, B34=95.0, B234=58.0).values()
-    assert line.endswith("believe B34.")
+    assert line.endswith("believe B34)")
     lines = told(CNN=97.0, B4=70.0, B34=60.0, B234=58.0)
-    assert list(lines) == [4, 3, 2] and all(line.endswith("try more prototypes_per_class.") for line in lines.values())
+    assert list(lines) == [4, 3, 2] and all(line.endswith("try more prototypes_per_class)") for line in lines.values())
 
 
 def test_a_network_whose_classes_are_others_is_replaced_by_the_best(told):
@@ -54,9 +54,8 @@ def test_ten_points_of_few_images_are_nothing(told):
 
 def test_it_is_said_where_the_map_is_shown(told, explained, tmp_path):
     assert told(CNN=97.0, B4=97.0, B34=95.0, B234=8.0, scale="1/D")
-    title = explained.panel(0).get_suptitle()
-    assert "B234 is right on 8 %" in title.replace("\n", " ")
-    assert "B234" not in explained.panel(0, [4, 3]).get_suptitle()
+    assert "B234 is right on 8 %" in explained.panel(0).get_supxlabel().replace("\n", " ")
+    assert "B234" not in explained.panel(0, [4, 3]).get_supxlabel()
     assert "B234 is right on 8 %" in explained.report(tmp_path / "report.html").read_text()
 
 

@@ -605,7 +605,7 @@ class Explained:
         shown = start_blocks or {self.start_blocks[0], self.start_blocks[-1]}
         notes = [line for b, line in self.cautions().items() if b in shown]
         notes += [refits.line(self.name(b)) for b, refits in self.refits.items() if b in shown and not refits.repeats]
-        return figure1(picture.rgb, parts, "\n".join([title or words, *notes]))
+        return figure1(picture.rgb, parts, title or words, notes)
 
     def overlay(self, image: AnyImage, start_block: int = 0, target: Target = "", **options: Any) -> Image.Image:
         """Map or attribution over the picture at its own resolution, from a start block (0: the shallowest).

@@ -14,17 +14,22 @@ from .interpretation import Interpretation, Patch
 
 
 @styled
-def figure1(image: np.ndarray, interpretations: Sequence[Interpretation], title: str = "") -> Figure:
+def figure1(
+    image: np.ndarray, interpretations: Sequence[Interpretation], title: str = "", notes: Sequence[str] = ()
+) -> Figure:
     """The interpretation process of one image, uint8 [H, W, 3].
 
     The interpretations, one per explainer, are drawn from left to right (the paper: B4, B234). Each attribution is red
     above its own mean and blue below; where zero lies is ticked, or pointed to.
     """
     wide = 1 if all(i.certainty is None for i in interpretations) else 4 / 3
-    figure = plt.figure(figsize=(5.2 * wide * len(interpretations), 4.7))
+    figure = plt.figure(figsize=(5.2 * wide * len(interpretations), 4.7 + 0.2 * len(notes)))
     if title:
         lines = [textwrap.fill(line, 60 * len(interpretations)) for line in title.splitlines()]
         figure.suptitle(literal("\n".join(lines)))
+    if notes:
+        lines = [textwrap.fill(line, 90 * len(interpretations)) for line in notes]
+        figure.supxlabel(literal("\n".join(lines)), fontsize=8)
     panels = figure.subfigures(1, len(interpretations), squeeze=False, wspace=0.04)[0]
     for panel, interpretation in zip(panels, interpretations, strict=True):
         _draw(panel, image, interpretation)

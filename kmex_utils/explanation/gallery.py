@@ -121,14 +121,13 @@ def cautions(explained: "Explained") -> dict[int, str]:
         scale = explained.explainers[b].normalisation.scale
         above = [explained.name(other) for other in explained.start_blocks if other > b and other not in lines]
         if b < last and scale in ("1/D", "1/sqrt(D)"):
-            why = f"with scale={scale!r} shallow blocks outweigh the last: scale='1' weighs blocks equally"
+            why = f"with scale={scale!r} shallow blocks outweigh the last: try scale='1'"
         elif above:
-            why = f"blocks before {above[-1]}'s do not tell these classes apart: believe {above[-1]}"
+            why = f"shallower blocks do not tell these classes apart: believe {above[-1]}"
         else:
-            why = "too few prototypes or images for these classes: try more prototypes_per_class"
+            why = "too few prototypes or images: try more prototypes_per_class"
         lines[b] = (
-            f"{explained.name(b)} is right on {ours:.0f} % of the held-out images, {whose} on {best:.0f} %: "
-            f"its map does not explain the prediction. Likely cause: {why}."
+            f"{explained.name(b)} is right on {ours:.0f} % of the held-out images, {whose} on {best:.0f} % ({why})"
         )
     return lines
 
