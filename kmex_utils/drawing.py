@@ -2,7 +2,6 @@
 
 import base64
 import io
-import re
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -15,6 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .paths import unnumbered
 from .store import replacing
 
 STYLE = Path(__file__).with_name("kmex.mplstyle")
@@ -104,7 +104,7 @@ def short(name: str, limit: int = 14, lines: int = 1) -> str:
 
     What is too long loses its beginning: the end tells birds, dogs and lorries apart.
     """
-    name = re.sub(r"^(\d+\.|n\d{8}[-_])(?=\D)", "", name).replace("_", " ")
+    name = unnumbered(name).replace("_", " ")
     while len(parts := textwrap.wrap(name, limit)) > lines:
         name = "…" + name.removeprefix("…")[1:].lstrip()
     return literal("\n".join(parts))

@@ -1,5 +1,6 @@
 """Every path, once. Relative paths given by a user are relative to the repository's root."""
 
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,3 +20,8 @@ def located(path: str | Path) -> Path:
     """The absolute path: seen from the working directory or, if nothing is there, from the repository's root."""
     here, in_repository = Path(path).expanduser(), resolve(path)
     return in_repository if in_repository.exists() and not here.exists() else here.absolute()
+
+
+def unnumbered(name: str) -> str:
+    """A class folder's name without the number that CUB (``001.``) and ImageNet (``n01440764-``) put before it."""
+    return re.sub(r"^(\d+\.|n\d{8}[-_])(?=\D)", "", name)

@@ -209,6 +209,9 @@ def test_what_the_network_knows_of_the_folders_classes():
     assert of(True, ("0", "1", "2"), ("2", "0")) == [2, 0]
     assert of(False, ("0", "1", "2"), ("2", "0")) is None, "numbers made up for unknown names name nothing"
     assert of(True, ("Maine Coon", "cat"), ("cat", "maine_coon")) == [1, 0]
+    assert of(True, ("Maine_Coon", "cat"), ("002.cat", "n02123045-maine_coon")) == [1, 0]
+    assert of(True, ("cat", "3"), ("3", "cat")) == [1, 0]
+    assert of(True, ("Maine_Coon", "cat"), ("001.cat", "002.cat")) is None
     assert of(True, ("crane (0)", "cat", "crane (2)"), ("cat", "crane")) is None
     assert of(True, ("Crane", "cat", "crane"), ("cat", "crane")) is None
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..paths import unnumbered
 from .edits import left_of
 from .passed import SPLITS
 
@@ -29,7 +30,7 @@ def network_classes(explained: "Explained") -> torch.Tensor | None:
 
 
 def _plain(name: str) -> str:
-    return name.lower().replace("_", " ").replace("-", " ").strip()
+    return unnumbered(name).lower().replace("_", " ").replace("-", " ").strip()
 
 
 def relabelled(predicted: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
