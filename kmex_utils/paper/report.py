@@ -161,13 +161,14 @@ def summary(relations: pd.DataFrame, prices: pd.DataFrame) -> list[str]:
     """Lines that say which findings hold in which data set, and what the factor of eq. 8 is worth."""
     lines = []
     for claim, rows in relations.groupby("claim", sort=False):
+        if rows.dataset.duplicated().any():  # several comparisons make the claim
+            held = (rows.holds_in == rows.seeds).groupby(rows.dataset, sort=False).agg(["sum", "size"])
+            counts = [f"{n} of {of} comparisons in {dataset}" for dataset, n, of in held.itertuples()]
+            lines.append(f"{claim}: holds in every seed in {', '.join(counts)}.")
+            continue
         missed = rows[rows.holds_in != rows.seeds]
-        several = rows.dataset.duplicated().any()
-        counts = [
-            f"{row.dataset} ({f'{row.measure}: ' if several else ''}{row.holds_in} of {row.seeds} seeds)"
-            for row in missed.itertuples()
-        ]
-        holds, data_sets = ("does not hold", counts) if counts else ("holds", rows.dataset.unique())
+        counts = [f"{row.dataset} ({row.holds_in} of {row.seeds} seeds)" for row in missed.itertuples()]
+        holds, data_sets = ("does not hold", counts) if counts else ("holds", rows.dataset)
         lines.append(f"{claim}: {holds} in every seed of {', '.join(data_sets)}.")
     for dataset, rows in prices[prices.model == "B234"].groupby("dataset", sort=False) if len(prices) else ():
         lost = rows.set_index(["question", "option"])["mean"]
