@@ -184,6 +184,8 @@ def _check(options: argparse.Namespace, network: "Network") -> None:
     from .data import reading
 
     network.targets(options.target)
+    if options.page < 0:
+        raise ValueError(f"--page takes a number of images, got {options.page}")
     for image in options.panel:
         inside = Path(options.folder).expanduser() / image
         file = inside if inside.is_file() else Path(image).expanduser()

@@ -38,7 +38,7 @@ def test_the_likely_cause_is_named(told):
     (line,) = told(CNN=97.0, B4=97.0, B34=95.0, B234=58.0).values()
     assert line.endswith("believe B34)")
     lines = told(CNN=97.0, B4=70.0, B34=60.0, B234=58.0)
-    assert list(lines) == [4, 3, 2] and all(line.endswith("try more prototypes_per_class)") for line in lines.values())
+    assert list(lines) == [4, 3, 2] and all(line.endswith("prototypes_per_class may help)") for line in lines.values())
 
 
 def test_a_network_whose_classes_are_others_is_replaced_by_the_best(told):

@@ -2,12 +2,14 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 import kmex_utils as kmex
+from kmex_utils.evaluation.measured import measured
 from kmex_utils.explanation.explorer import view
 from kmex_utils.method.composite import composite
 
@@ -209,3 +211,33 @@ def test_an_export_of_other_edits_is_not_resumed(edited, tmp_path):
     edited.edits.disable(2, 0)
     with pytest.raises(ValueError, match="holds an export of other images or settings"):
         edited.export(tmp_path / "export", resume=True, log=str)
+
+
+def test_edited_is_said_where_the_map_is_shown(edited, tmp_path):
+    edited.edits.disable(2, 7)
+    assert edited.interpretations(0, [2])[0].name == "B234, edited" and edited.interpretations(0, [4])[0].name == "B4"
+    assert "Edited: B234: 7 disabled" in edited.report(tmp_path / "report.html").read_text()
+    assert "edited: B234: 7 disabled" in edited.page(tmp_path / "page.html", 2).read_text()
+
+
+def test_other_images_are_no_measure(explained, resnet, photos, tmp_path):
+    """Part of the folder: maps and counts of what is here, but nothing that stands beside the fit's own numbers."""
+    saved = explained.save(tmp_path / "saved")
+    for name in ("flower", "temple"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for file in sorted((photos / name).glob("*.png"))[:8]:
+            shutil.copy(file, tmp_path / "few" / name)
+    few = kmex.load(saved, resnet.module, images=tmp_path / "few")
+    few.edits.disable(2, 5)
+    assert few.edits.done[0]["accuracy"] == {} and "B234, edited" not in few.table.index
+    line = r"not the images that the prototypes were made from, 18 of 2 classes, but 12 of them: give the whole folder"
+    for asked in (lambda: few.certainty(refits=1), lambda: measured(few, refits=0)):
+        with pytest.raises(ValueError, match=line):
+            asked()
+    (tmp_path / "few" / "flower").rename(tmp_path / "few" / "017.Flower")
+    again = kmex.load(saved, resnet.module, images=tmp_path / "few")
+    assert sorted(again.labels_of("train").unique().tolist()) == [0, 1], "the number is no part of the name"
+    for old, new in (("017.Flower", "car"), ("temple", "ship")):
+        (tmp_path / "few" / old).rename(tmp_path / "few" / new)
+    with pytest.raises(ValueError, match=r"none of the classes of these images \(car, ship …\) is one of the"):
+        kmex.load(saved, resnet.module, images=tmp_path / "few")

@@ -64,8 +64,10 @@ def measured(
     import pandas as pd
 
     dataset = explained.dataset
-    if dataset is None:
-        raise ValueError("the images are not here, only the prototypes: load(…, images=folder)")
+    explained.needs_its_images()
+    assert dataset is not None
+    if images < 1:
+        raise ValueError(f"faithfulness needs at least one image, got {images}")
     if not len(dataset.test):
         raise ValueError("no image is held out: explain() with held_out above 0, or a folder with test/")
     parts, boxes, device = *known(dataset, annotations), str(pick_device(device))

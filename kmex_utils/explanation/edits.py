@@ -158,9 +158,17 @@ class Edits:
         if (b, "train") in maps:
             labels = explained.explainers[b].prototypes.labels
             self.done[-1]["shared"] = appearances(labels, explained.labels_of("train"), maps[b, "train"]).tolist()
-            self.done[-1]["accuracy"] = explained.accuracies(b)
+            self.done[-1]["accuracy"] = self._accuracies(b)
         self._take(b)
         return self
+
+    def _accuracies(self, b: int) -> dict[str, float]:
+        """For the table, so of the images that it is of; else none."""
+        try:
+            self._explained.needs_its_images()
+        except ValueError:
+            return {}
+        return self._explained.accuracies(b)
 
     def _take(self, b: int) -> None:
         """Make the explanation what the edits done so far say of it."""

@@ -30,7 +30,7 @@ from ..networks import Network
 from ..networks.network import Target
 from ..store import load_json, load_tensors, replacing, save_json, save_tensors
 from . import gallery
-from .edits import BATCH, Edits, appearances, left_of
+from .edits import BATCH, Edited, Edits, appearances, left_of
 from .interpretation import EXAMPLES, Interpretation, Patch, segment_patch
 from .passed import SPLITS, Passed
 from .refits import Refits, refit
@@ -383,8 +383,26 @@ class Explained:
         assert self.dataset is not None
         if self.predictions_as_labels:
             return gallery.relabelled(self.y[split].argmax(1), torch.tensor(self.settings["stand_in_classes"]))
-        theirs = torch.tensor([*(self.classes.index(c) if c in self.classes else -1 for c in self.dataset.classes), -1])
-        return theirs[self.dataset.split(split).labels]
+        ours = [gallery.plain(name) for name in self.classes]
+        theirs = [gallery.plain(name) for name in self.dataset.classes]
+        index = torch.tensor([*(ours.index(name) if name in ours else -1 for name in theirs), -1])
+        return index[self.dataset.split(split).labels]
+
+    def needs_its_images(self) -> None:
+        """A ValueError unless the data set has as many images of each class as the prototypes were made from."""
+        if self.dataset is None:
+            raise ValueError("the images are not here, only the prototypes: load(…, images=folder)")
+        if self.predictions_as_labels:
+            return
+        b, made = self.start_blocks[0], torch.zeros(len(self.classes), dtype=torch.int64)
+        made[self.explainers[b].prototypes.labels] = self.nearest[b].images
+        labels = self.labels_of("train")
+        count = labels[labels >= 0].bincount(minlength=len(self.classes))
+        if not torch.equal(made, count):
+            raise ValueError(
+                f"these are not the images that the prototypes were made from, {int(made.sum())} of "
+                f"{len(self.classes)} classes, but {int(count.sum())} of them: give the whole folder"
+            )
 
     def accuracies(self, start_block: int) -> dict[str, float]:
         """Accuracy of an explainer in %, by the table's columns; the images' maps must be known."""
@@ -421,7 +439,10 @@ class Explained:
                 )
                 raise ValueError(f"{image} is neither a file nor {of}")
             if not name:
-                return Picture(reading.read(file, self.network.input).pixels, reading.readable(file.name))
+                try:
+                    return Picture(reading.read(file, self.network.input).pixels, reading.readable(file.name))
+                except ValueError as error:
+                    raise ValueError(f"{image} cannot be read: {error}") from None
             image = self.names.index(name)
         if isinstance(image, int | np.integer):
             return self._picture(int(image))
@@ -552,7 +573,9 @@ class Explained:
             segments = zip(used[largest].tolist(), counts[largest].tolist(), strict=True)
             patches = tuple(replace(self.patch(b, k), share=count / q_s.numel()) for k, count in segments)
             predicted = self.classes[int(self.explainers[b].proj(q_s)[0].argmax())]
-            part = Interpretation(self.name(b), q_s[0].numpy(), None, patches, predicted, certainty=kept.get(b))
+            edited = ", edited" if isinstance(self.explainers[b], Edited) else ""
+            name = self.name(b) + edited
+            part = Interpretation(name, q_s[0].numpy(), None, patches, predicted, certainty=kept.get(b))
             if attributed:
                 points = attributed.contributions[b][0]
                 part = replace(
@@ -812,6 +835,12 @@ class Explained:
         how = {key: settings[key] for key in ("held_out", "seed") if key in settings}
         dataset = None if images is None else opened(images, network, **how)
         explained, fingerprint = cls(network, dataset, settings), network.fingerprint
+        theirs = [] if dataset is None or explained.predictions_as_labels else list(dataset.classes)
+        if theirs and not {gallery.plain(name) for name in theirs} & {gallery.plain(c) for c in explained.classes}:
+            raise ValueError(
+                f"none of the classes of these images ({', '.join(theirs[:3])} …) is one of the explanation's "
+                f"({', '.join(explained.classes[:3])} …): give the folder it was made from"
+            )
         for path in _explainer_files(folder):
             explained._load_explainer(path, fingerprint)
         if (folder / "table.csv").is_file():

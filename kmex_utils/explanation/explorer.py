@@ -146,6 +146,8 @@ def about(explained: "Explained") -> dict[str, Any]:
     notes = {explained.name(b): [cautions[b]] if b in cautions else [] for b in explained.start_blocks}
     for b, refits in explained.refits.items():
         notes[explained.name(b)].append(refits.line(explained.name(b)))
+    for line in repr(explained.edits).splitlines() if explained.edits.done else ():
+        notes[line.partition(":")[0]].append(f"edited: {line}")
     return {
         "blocks": [(b, explained.name(b)) for b in explained.start_blocks],
         "classes": list(explained.classes),
@@ -188,7 +190,7 @@ def view(
         label = int(explained.labels_of(picture.split)[picture.index])
     shown = {
         "name": picture.name,
-        "explainer": part.name,
+        "explainer": explained.name(start_block),
         "map": rank[part.map].tolist(),
         "prototypes": prototypes,
         "attribution": None if part.attribution is None else _rounded(part.attribution),

@@ -22,14 +22,15 @@ def network_classes(explained: "Explained") -> torch.Tensor | None:
     """
     if explained.predictions_as_labels:
         return torch.tensor(explained.settings["stand_in_classes"])
-    theirs = [_plain(name) for name in explained.network.classes]
-    ours = [_plain(name) for name in explained.classes]
+    theirs = [plain(name) for name in explained.network.classes]
+    ours = [plain(name) for name in explained.classes]
     if not explained.network.named or len(set(ours)) < len(ours) or any(theirs.count(name) != 1 for name in ours):
         return None
     return torch.tensor([theirs.index(name) for name in ours])
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A class name for comparison: no number before it, lower case, spaces."""
     return unnumbered(name).lower().replace("_", " ").replace("-", " ").strip()
 
 
@@ -126,7 +127,9 @@ def cautions(explained: "Explained") -> dict[int, str]:
         elif above:
             why = f"shallower blocks do not tell these classes apart: believe {above[-1]}"
         else:
-            why = "too few prototypes or images: try more prototypes_per_class"
+            why = (
+                "positions alone do not tell these classes apart: more images or another prototypes_per_class may help"
+            )
         lines[b] = (
             f"{explained.name(b)} is right on {ours:.0f} % of the held-out images, {whose} on {best:.0f} % ({why})"
         )

@@ -91,7 +91,7 @@ def margin(explained: "Explained", image: Any, start_block: int = 0, prototype: 
     h = explainer.h(x)
     q_s = explainer.sim(h).cpu()
     used, counts = q_s.unique(return_counts=True)
-    k = int(used[counts.argmax()]) if prototype < 0 else prototype
+    k = int(used[counts.argmax()]) if prototype == -1 else prototype
     if k not in used:
         raise ValueError(f"prototype {k} is not in this map; those that are: {', '.join(map(str, used.tolist()))}")
     q = h.rows((q_s.flatten() == k).nonzero().flatten().to(h.device)).double().cpu()

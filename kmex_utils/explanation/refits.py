@@ -82,8 +82,8 @@ def refit(
 ) -> dict[int, Refits]:
     """Refits of every start block, from one more pass of the images."""
     dataset, network, blocks = explained.dataset, explained.network, explained.start_blocks
-    if dataset is None:
-        raise ValueError("the images are not here, only the prototypes: load(…, images=folder)")
+    explained.needs_its_images()
+    assert dataset is not None
     chosen, found = pick_device(device), {}
     with tempfile.TemporaryDirectory(dir=scratch) as temporary, exact(), torch.no_grad():
         try:

@@ -13,7 +13,6 @@ from ..store import save_text
 from .edits import left_of
 from .figure1 import figure1
 from .interpretation import EXAMPLES
-from .passed import SPLITS
 
 if TYPE_CHECKING:
     from ..networks.network import Target
@@ -117,7 +116,8 @@ def _page(
         classes=classes,
         by_class=known.get("classes"),
         shallowest=explained.name(explained.start_blocks[-1]),
-        split=SPLITS["test" if held_out else "train"],
+        split="held out" if held_out else "that made the prototypes",
+        edits=repr(explained.edits).splitlines() if explained.edits.done else [],
         refits=[refits.line(explained.name(b)) for b, refits in explained.refits.items()],
         copy=COPY,
         settings=list(_flat(explained.settings)),

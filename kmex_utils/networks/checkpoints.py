@@ -234,7 +234,9 @@ def load_into(
         if keys := [key for key in keys if not key.endswith(_COUNTER)]:
             differences.append(f"{len(keys)} {kind} ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''})")
     if differences:
-        raise ValueError(f"the weights in {path} do not fit {name}: {', '.join(differences)}")
+        headless = without == "" and missing and all(key.startswith(("fc.", "classifier.", "head.")) for key in missing)
+        hint = "; these are of an encoder without its head: train one, as notebook 1 does" if headless else ""
+        raise ValueError(f"the weights in {path} do not fit {name}: {', '.join(differences)}{hint}")
     for key, value in state.items():
         if key in expected and not torch.isfinite(value.to(expected[key].dtype)).all():
             raise ValueError(f"{path} holds NaN or infinite weights ({key} …){fix}")

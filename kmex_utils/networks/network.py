@@ -234,7 +234,10 @@ class Network(nn.Module):
         names = [target] if target is None or isinstance(target, str | int | np.integer) else list(target)
         if len(names) not in (1, 2):
             raise ValueError(f"target must be a class, or two of which the second is subtracted, got {len(names)}")
-        return [None if name is None or name == "" else self.output(name) for name in names]
+        outputs = [None if name is None or name == "" else self.output(name) for name in names]
+        if len(outputs) == 2 and outputs[0] == outputs[1]:
+            raise ValueError(f"target must be two different classes, got {names[0]!r} twice")
+        return outputs
 
     def preprocessing(self) -> str:
         """Input size and normalisation in a few words, with what is assumed."""
