@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -241,3 +243,13 @@ def test_other_images_are_no_measure(explained, resnet, photos, tmp_path):
         (tmp_path / "few" / old).rename(tmp_path / "few" / new)
     with pytest.raises(ValueError, match=r"none of the classes of these images \(car, ship …\) is one of the"):
         kmex.load(saved, resnet.module, images=tmp_path / "few")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+def test_others_can_read_what_is_saved(explained, tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = explained.save(tmp_path / "saved")
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in folder.iterdir()} == {"0o644"}

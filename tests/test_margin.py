@@ -105,3 +105,11 @@ def test_the_figure_shows_the_contributions(explained):
     lengths = [bar.get_width() for bar in bars.patches]
     np.testing.assert_allclose(lengths, margin.table().relative)
     assert [text.get_text() for text in bars.get_yticklabels()] == ["x(2)", "x(3)", "x(4)"]
+
+
+def test_it_is_shown_in_a_line(explained):
+    found = explained.margin(0, 2)
+    a, b = found.a.prototype, found.b.prototype
+    assert (
+        repr(found).startswith(f"Margin(B234: {a} ({found.a.class_name}) rather than {b} (") and len(repr(found)) < 120
+    )

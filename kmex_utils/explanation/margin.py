@@ -34,6 +34,11 @@ class Margin:
     apart: float
     channels: dict[str, int]
 
+    def __repr__(self) -> str:
+        than = f"{self.b.prototype} ({self.b.class_name})"
+        of = f"{self.total:.3g} of {self.apart:.3g}"
+        return f"Margin({self.name}: {self.a.prototype} ({self.a.class_name}) rather than {than}, {of})"
+
     @property
     def total(self) -> float:
         """The margin, its mean over the segment."""
