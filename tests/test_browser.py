@@ -462,6 +462,12 @@ def test_keys_and_filters_on_the_page(alone, evil):
     alone.get_by_label("show", exact=True).select_option("all")
     alone.get_by_label("class", exact=True).select_option("temple")
     assert alone.locator(".kmex-count").inner_text().endswith("of 12")
+    alone.evaluate(
+        "document.querySelector('[aria-label=class], select:has(option[value=temple])').add(new Option('x', 'no'))"
+    )
+    alone.get_by_label("class", exact=True).select_option("no")
+    assert alone.locator(".kmex-count").inner_text() == "no image is so"
+    assert not alone.locator(".kmex-body").is_visible(), "not the image before, as if it were so"
 
 
 def test_it_answers_within_a_fifth_of_a_second(alone, evil):

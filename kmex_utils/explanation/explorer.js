@@ -211,7 +211,8 @@ export function render({ model, el }) {
     const [list, rows, now] = [matching(), model.get("images"), choice().image];
     fillSelect(images, list.map((i) => [i, rows[i].name]), now);
     const at = list.indexOf(now);
-    count.textContent = list.length ? `${at < 0 ? "–" : at + 1} of ${list.length}` : "none";
+    count.textContent = list.length ? `${at < 0 ? "–" : at + 1} of ${list.length}` : "no image is so";
+    root.classList.toggle("kmex-empty", rows.length > 0 && !list.length);
     const start = Math.max(0, Math.min(at - STRIP / 2, list.length - STRIP));
     const inStrip = list.slice(start, start + STRIP);
     thumbnails.replaceChildren();
