@@ -18,8 +18,6 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}-{uuid4().hex[:8]}{path.suffix}")
     try:
         yield temporary
-        os.umask(umask := os.umask(0))
-        temporary.chmod(0o666 & ~umask)  # safetensors writes for its owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -27,11 +25,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> None:
     """Write tensors and the settings that made them into one safetensors file."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     copies = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
     with replacing(path) as temporary:
-        save_file(copies, temporary, {"settings": json.dumps(settings)})
+        temporary.write_bytes(save(copies, {"settings": json.dumps(settings)}))  # save_file's is for its owner alone
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

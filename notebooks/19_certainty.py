@@ -82,7 +82,7 @@ def images_of(run):
 # %%
 import torch
 
-from kmex_utils.evaluation.certainty import agreement, by_chance
+from kmex_utils.evaluation.certainty import agreement, records
 from kmex_utils.explanation.refits import refitted
 
 
@@ -101,15 +101,11 @@ def fitted(passed, b, scale, k, seed, **options):
 def records_of(passed, b, scale, k, seed):
     """A record for each measure, and the maps."""
     explainer, q_s, others = fitted(passed, b, scale, k, seed, restarts=restarts)
-    null = by_chance(explainer, q_s, others, seed)
     random_rows = agreement(*fitted(passed, b, scale, k, seed, start="random", restarts=1, max_iterations=0))
-    records = []
-    for measure, values in agreement(explainer, q_s, others).items():
-        record = {"model": names[b], "scale": scale if b < last else "", "prototypes_per_class": k, "measure": measure}
-        record |= {"value": values.mean(), "spread": values.mean(1).std(), "spread_images": values.mean(0).std()}
-        record |= {"seed": seed, "refits": refits, "grid": "x".join(map(str, q_s.shape[1:]))}
-        records.append({**record, "null": null[measure].mean(), "random_rows": random_rows[measure].mean()})
-    return records, (q_s, others)
+    of = {"model": names[b], "scale": scale if b < last else "", "prototypes_per_class": k}
+    of |= {"seed": seed, "refits": refits, "grid": "x".join(map(str, q_s.shape[1:]))}
+    found = records(explainer, q_s, others, seed)
+    return [{**of, **r, "random_rows": random_rows[r["measure"]].mean()} for r in found], (q_s, others)
 
 
 # %% [markdown]
@@ -132,8 +128,8 @@ for run in [Run.of(runs, dataset, seed) for seed in seeds]:
         where = {"store": "auto", "folder": Path(scratch), "device": device}
         passed = Passed.of(run.network(), images, min(names), **where)
         for b, scale in readings:
-            records, of_reading = records_of(passed, b, scale, k, run.seed)
-            rows += records
+            found, of_reading = records_of(passed, b, scale, k, run.seed)
+            rows += found
             if run.seed == seeds[0]:
                 pictured, maps[b, scale] = images.test, of_reading
 
@@ -148,10 +144,11 @@ from kmex_utils import drawing, paths
 from kmex_utils.store import save_text
 
 numbers = ["value", "spread", "spread_images", "null", "random_rows"]
-records = pd.DataFrame(rows).astype(dict.fromkeys(numbers, float))
+keys = ["model", "scale", "prototypes_per_class", "measure", *numbers[:3], "seed", "refits", "grid", *numbers[3:]]
+table = pd.DataFrame(rows)[keys].astype(dict.fromkeys(numbers, float))
 folder = paths.resolve(figures_folder) / dataset
-save_text(folder / "certainty.csv", records.to_csv(index=False, float_format="%.6g"))
-records.groupby(["model", "scale", "measure"], sort=False)[numbers].mean().round(3)
+save_text(folder / "certainty.csv", table.to_csv(index=False, float_format="%.6g"))
+table.groupby(["model", "scale", "measure"], sort=False)[numbers].mean().round(3)
 
 # %% [markdown]
 # The same as a picture: a mark for each training, its spread over refits as a bar. Where classes lie apart, as trained
@@ -170,7 +167,7 @@ labels_of = [f"{names[b]}, {scale}" if b < last else names[b] for b, scale in re
 figure, panels = plt.subplots(1, len(measures), figsize=(9.6, 0.32 * len(labels_of) + 1.2), sharey=True)
 for axes, (measure, title) in zip(panels, measures.items(), strict=True):
     for i, (b, scale) in enumerate(readings):
-        chosen = records[(records.model == names[b]) & records.scale.isin([scale, ""]) & (records.measure == measure)]
+        chosen = table[(table.model == names[b]) & table.scale.isin([scale, ""]) & (table.measure == measure)]
         height = [-i] * len(chosen)
         for control, marker, name in (("random_rows", "x", "random rows"), ("null", "|", "shuffled")):
             axes.plot(chosen[control], height, linestyle="", marker=marker, color="0.5", label=name)

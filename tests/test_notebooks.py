@@ -115,6 +115,9 @@ def test_fidelity(tmp_path):
     shared = {"dataset": "squares", "runs": str(tmp_path / "runs")}
     frozen = {"folder": str(tmp_path / "squares"), "frozen": True, "arch": "resnet18", "weights": "scratch"}
     execute("01_train", tmp_path, **shared, **frozen, image_size=64)
+    execute("03_kmex", tmp_path, **shared, prototypes_per_class=[1, 2], restarts=1)
+    learned = {"prototypes_per_class": 2, "warm_epochs": 1, "joint_epochs": 1, "last_passes": 1, "push_start": 1}
+    execute("05_protopnet", tmp_path, **shared, **learned, features_from="network", batch_size=4, restarts=1)
     small = {"prototypes_per_class": [1, 2], "named": 2, "weights": [1.0], "shared": [2], "refits": 2, "restarts": 1}
     execute("16_fidelity", tmp_path, **shared, **small, annotations=str(tmp_path / "keypoints.csv"),
             figures_folder=str(tmp_path / "figures"))  # fmt: skip
@@ -128,6 +131,13 @@ def test_fidelity(tmp_path):
     assert records[records.metric == "purity"].value.astype(float).between(0, 100).all()
     differences = pd.read_csv(tmp_path / "figures" / "squares" / "fidelity-differences.csv")
     assert (differences.low <= differences.high).all() and len(differences)
+    baseline = json.loads((tmp_path / "runs" / "squares" / "seed-0" / "results-protopnet.json").read_text())["records"]
+    (right,) = (
+        r["value"] for r in baseline if (r["model"], r["metric"], r["split"]) == ("ProtoPNet", "accuracy", "test")
+    )
+    assert of["ProtoPNet", "accuracy_test"] == pytest.approx(right, abs=1e-3)
+    assert set(records[records.model == "ProtoPNet"].grid) == {"2x2", "common", ""}
+    assert "ProtoPNet" in set(differences.than)
     assert (tmp_path / "figures" / "squares" / "frontier.png").stat().st_size > 5000
     tiny = {"prototypes_per_class": 2, "restarts": 1, "start_blocks": [4, 2], "regions": 6, "crops": 4, "measured": 4}
     execute("18_concepts", tmp_path, **shared, **tiny, annotations=str(tmp_path / "keypoints.csv"),

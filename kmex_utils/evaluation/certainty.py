@@ -1,11 +1,9 @@
 """How sure a map is: how far the maps of refits (:mod:`kmex_utils.explanation.refits`) agree with it."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..explanation.passed import Passed
 from ..method.explainers import EncoderKMeans
 from .fidelity import adjusted_for_chance, pairs, shuffled
 
@@ -43,19 +41,14 @@ def by_chance(explainer: EncoderKMeans, q_s: torch.Tensor, others: torch.Tensor,
     return measures | {name: swapped[name] for name in ("prediction", "prediction_always")}
 
 
-def records(
-    passed: Passed, explainer: EncoderKMeans, refits: Sequence[EncoderKMeans], seed: int
-) -> list[dict[str, Any]]:
-    """Each measure of :func:`agreement` with refits on the test images: value, spread over refits, null by chance."""
-    q_s = passed.map(explainer, "test")
-    others = torch.stack([passed.map(refit, "test") for refit in refits])
-    null = by_chance(explainer, q_s, others, seed)
-    rows = []
+def records(explainer: EncoderKMeans, q_s: torch.Tensor, others: torch.Tensor, seed: int) -> list[dict[str, Any]]:
+    """Each measure of :func:`agreement`: its value, its spread over refits and over images, its null by chance."""
+    null, rows = by_chance(explainer, q_s, others, seed), []
     for measure, values in agreement(explainer, q_s, others).items():
-        spread = float(values.mean(1).std()) if len(values) > 1 else float("nan")
-        rows.append(
-            {"measure": measure, "value": float(values.mean()), "spread": spread, "null": float(null[measure].mean())}
-        )
+        spreads = {"spread": values.mean(1), "spread_images": values.mean(0)}
+        numbers = {name: of.std() if len(of) > 1 else torch.nan for name, of in spreads.items()}
+        numbers |= {"value": values.mean(), "null": null[measure].mean()}
+        rows.append({"measure": measure, **{name: float(number) for name, number in numbers.items()}})
     return rows
 
 

@@ -1,8 +1,6 @@
 """How far an explanation can be believed: is it faithful to the network, does it come out again, does it mean parts."""
 
-import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +8,7 @@ import torch
 
 from ..data.annotations import Parts, known
 from ..explanation.explained import Explained
-from ..explanation.gallery import relabelled
-from ..explanation.passed import Passed
-from ..explanation.refits import refitted
+from ..explanation.refits import passed_again, refitted
 from ..hardware import pick_device
 from . import certainty, faithfulness, fidelity
 
@@ -63,56 +59,44 @@ def measured(
     """
     import pandas as pd
 
-    dataset = explained.dataset
     explained.needs_its_images()
+    dataset = explained.dataset
     assert dataset is not None
     if images < 1:
         raise ValueError(f"faithfulness needs at least one image, got {images}")
     if not len(dataset.test):
         raise ValueError("no image is held out: explain() with held_out above 0, or a folder with test/")
-    parts, boxes, device = *known(dataset, annotations), str(pick_device(device))
-    tables = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        first = explained.start_blocks[-1]
-        passed = Passed.of(explained.network, dataset, first, store="auto", folder=Path(scratch), device=device)
-        if explained.predictions_as_labels:
-            kept = torch.tensor(explained.settings["stand_in_classes"])
-            labels = {split: relabelled(y.argmax(1), kept) for split, y in passed.y.items()}
-            passed = replace(passed, labels=labels, classes=explained.classes)
-        of = {explained.name(b): explained.explainers[b] for b in explained.start_blocks}
-        records = []
-        for b in explained.start_blocks if refits else ():
-            explainer, how = explained.explainers[b], explained.fitted_with(b)
-            known_ones = explained.refits[b].explainers(explainer) if b in explained.refits else []
-            fits = known_ones if len(known_ones) == refits else refitted(passed, explainer, refits, **how)
-            of_fits = certainty.records(passed, explainer, fits, how["seed"])
-            records += [{"explainer": explained.name(b), **record} for record in of_fits]
-        if refits:
-            tables["certainty"] = pd.DataFrame(records)
-        if parts:
-            maps = {name: {split: passed.map(e, split) for split in parts} for name, e in of.items()}
-            counts = {name: len(e.prototypes) for name, e in of.items()}
-            tables["fidelity"] = pd.DataFrame(_fidelity(maps, counts, parts))
-        explained.network.cpu()
+    parts, boxes = known(dataset, annotations)
+    tables, sure, true = {}, [], []
+    with passed_again(explained, device=device) as passed:
+        for b in explained.start_blocks:
+            name, explainer, how = explained.name(b), explained.explainers[b], explained.fitted_with(b)
+            maps = {split: passed.map(explainer, split) for split in passed.x}
+            if parts:
+                true.append({"explainer": name, **_fidelity(maps, len(explainer.prototypes), parts)})
+            if refits:
+                earlier = explained.refits[b].explainers(explainer) if b in explained.refits else []
+                fits = earlier if len(earlier) == refits else refitted(passed, explainer, refits, **how)
+                others = torch.stack([passed.map(refit, "test") for refit in fits])
+                records = certainty.records(explainer, maps["test"], others, how["seed"])
+                sure += [{"explainer": name, **record} for record in records]
+    if sure:
+        tables["certainty"] = pd.DataFrame(sure)
+    if parts:
+        by_place = fidelity.percent(fidelity.position_baseline(parts).sum(0))
+        tables["fidelity"] = pd.DataFrame([*true, {"explainer": "position", **by_place}])
     if explained.network.form:
         generator = torch.Generator().manual_seed(explained.settings.get("seed", 0))
         drawn = torch.randperm(len(dataset.test), generator=generator)[:images].sort().values
         of_drawn = boxes["test"][drawn] if boxes else None
-        tables["faithfulness"] = faithfulness.table(
-            explained, drawn.tolist(), boxes=of_drawn, steps=steps, device=device
-        )
+        how = {"boxes": of_drawn, "steps": steps, "device": str(pick_device(device))}
+        tables["faithfulness"] = faithfulness.table(explained, drawn.tolist(), **how)
     return tables
 
 
-def _fidelity(
-    maps: Mapping[str, Mapping[str, torch.Tensor]], prototypes: Mapping[str, int], parts: Mapping[str, Parts]
-) -> list[dict[str, Any]]:
-    rows = []
-    for name, of in maps.items():
-        grid = (of["test"].shape[1], of["test"].shape[2])
-        scores = fidelity.fidelity(of, parts, prototypes[name]).scores()
-        best = fidelity.percent(fidelity.ceiling(parts["test"], grid).sum(0))
-        best = {f"ceiling_{metric}": value for metric, value in best.items()}
-        rows.append({"explainer": name, "grid": "x".join(map(str, grid)), **scores, **best})
-    by_place = fidelity.percent(fidelity.position_baseline(parts).sum(0))
-    return [*rows, {"explainer": "position", **by_place}]
+def _fidelity(maps: Mapping[str, torch.Tensor], prototypes: int, parts: Mapping[str, Parts]) -> dict[str, Any]:
+    grid = (maps["test"].shape[1], maps["test"].shape[2])
+    scores = fidelity.fidelity(maps, parts, prototypes).scores()
+    best = fidelity.percent(fidelity.ceiling(parts["test"], grid).sum(0))
+    ceiling = {f"ceiling_{metric}": value for metric, value in best.items()}
+    return {"grid": "x".join(map(str, grid)), **scores, **ceiling}

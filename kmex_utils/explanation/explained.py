@@ -199,9 +199,8 @@ class Explained:
         self.h: dict[str, torch.Tensor] = {}
         self.table: pd.DataFrame | None = None
         self._made: dict[str, dict[str, Any]] = {}  # settings of each explainer
-        self._drawn: dict[
-            tuple[int, int, int | str], bytes
-        ] = {}  # patches as saved, by start block, prototype and rank
+        # patches as saved, by start block, prototype and rank
+        self._drawn: dict[tuple[int, int, int | str], bytes] = {}
         self._seen = lru_cache(KEPT_SEEN)(self._see)
         self._kept = lru_cache(KEPT_SEEN)(self._keep)
         self.edits = Edits(self)
@@ -292,44 +291,8 @@ class Explained:
         made = self._made[self.name(start_block)]
         return {"seed": made.get("seed", 0), "restarts": made.get("restarts", 1), "fit_on": made.get("fit_on", 0)}
 
-    def predictions(self, split: str = "") -> "pd.DataFrame":
-        """What network and explainers say of a split's images: by image its ``label``, then a column for each.
-
-        ``split``: ``test``, ``train``, or empty: the held-out images if there are any. Confusions follow from it:
-        ``pandas.crosstab(table.label, table.B234)``.
-        """
-        return gallery.predictions(self, split)
-
-    def by_class(self, start_block: int = 0, split: str = "") -> "pd.DataFrame":
-        """By class the number of images, each model's accuracy in %, and an explainer's confusions.
-
-        ``taken for``, ``taken from``: classes that its images go to, and whose images it gets, with how many; of the
-        explainer from ``start_block`` (0: the shallowest). ``split`` as in :meth:`predictions`.
-        """
-        return gallery.by_class(self, start_block, split)
-
-    def cautions(self) -> dict[int, str]:
-        """By start block a line on each explainer that falls far below the network on held-out images, with the cause.
-
-        More than 10 points and twice the standard error below it: such a map shows what the explainer sees, not why
-        the network decides. Said when it is fitted, in panels and in the report.
-        """
-        return gallery.cautions(self)
-
-    def gallery(self, start_block: int = 0, split: str = "") -> "pd.DataFrame":
-        """How the prototypes of an explainer are used in a split's images; arguments as in :meth:`by_class`.
-
-        Returns
-        -------
-        DataFrame
-            By prototype its ``class`` and own ``name``; in how many ``images`` it has a cell, and its share of all
-            ``cells`` in %; in how many images that the explainer gives to its class rightly (``right``) and wrongly
-            (``wrong``); the share of its cells in other classes' images in % (``elsewhere``), and in the one of them
-            that has ``most`` (``most_with``); the nearest other prototype (``copy_of``) and how far it is, over the
-            median distance of two prototypes (``copy_distance``);
-            after :meth:`certainty` in how many refits it ``exists``.
-        """
-        return gallery.gallery(self, start_block, split)
+    predictions, by_class = gallery.predictions, gallery.by_class
+    cautions, gallery = gallery.cautions, gallery.gallery  # the module's functions, as methods
 
     def certainty(self, refits: int = 5, **options: Any) -> "pd.DataFrame":
         """How sure the prototypes are: k-means again from the next seeds, and whether they come out of it, too.

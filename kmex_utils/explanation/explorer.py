@@ -220,7 +220,7 @@ def prototype(explained: "Explained", start_block: int, k: int, size: int = PATC
         "name": patch.name,
         "shared": shared,
         "images": images,
-        "exists": f"{refits.exists[k]} of {len(refits.kept)}" if refits else "",
+        "exists": refits.times(k) if refits else "",
         "patch": data_url(patch.pixels, size, quality=quality, method=0),
     }
 

@@ -58,12 +58,9 @@ def _draw(panel: SubFigure, image: np.ndarray, part: Interpretation) -> None:
         to = "\n− ".join(short(name, 22) for name in part.target)
         top[2].set_title(f"attribution to{' ' if len(to) < 8 else chr(10)}{to}")
         _tick(panel.colorbar(drawn, ax=top[2], shrink=0.8, pad=0.03), part.centre, part.half)
-        of = (
-            "score"
-            if len(part.target) < 2
-            else "difference of the scores, which is not over the columns' squared length"
-        )
-        of_all = f"points of the {of} (all segments: {part.total:+.{decimals}f})"
+        of_all = f"points of the score (all segments: {part.total:+.{decimals}f})"
+        if len(part.target) > 1:
+            of_all += "\nof the difference of two; the map's are over the columns' squared lengths (eq. 11)"
         panel.supxlabel(f"prototype: class, share of the map, {of_all}", fontsize=7)
     if part.certainty is not None:
         top[3].imshow(part.certainty, cmap="cividis", vmin=0, vmax=1, extent=extent)  # yellow: in all, blue: in none

@@ -62,7 +62,11 @@ def network_says(explained: "Explained", y: torch.Tensor) -> np.ndarray:
 
 
 def predictions(explained: "Explained", split: str = "") -> "pd.DataFrame":
-    """As :meth:`Explained.predictions` says."""
+    """What network and explainers say of a split's images: by image its ``label``, then a column for each.
+
+    ``split``: ``test``, ``train``, or empty: the held-out images if there are any. Confusions follow from it:
+    ``pandas.crosstab(table.label, table.B234)``.
+    """
     import pandas as pd
 
     split, classes = chosen(explained, split), np.array([*explained.classes, ""], object)
@@ -75,7 +79,11 @@ def predictions(explained: "Explained", split: str = "") -> "pd.DataFrame":
 
 
 def by_class(explained: "Explained", start_block: int = 0, split: str = "") -> "pd.DataFrame":
-    """As :meth:`Explained.by_class` says."""
+    """By class the number of images, each model's accuracy in %, and an explainer's confusions.
+
+    ``taken for``, ``taken from``: classes that its images go to, and whose images it gets, with how many; of the
+    explainer from ``start_block`` (0: the shallowest). ``split`` as in :meth:`predictions`.
+    """
     import pandas as pd
 
     name = explained.name(start_block or explained.start_blocks[-1])
@@ -97,10 +105,11 @@ FAR = 10.0  # points below the network; depth costs 8 on the paper's STL-10, whi
 
 
 def cautions(explained: "Explained") -> dict[int, str]:
-    """A line on each explainer, by start block, that falls far below the network on held-out images.
+    """A line on each explainer that falls far below the network on held-out images, by start block, with the cause.
 
-    By more than 10 points and by more than twice the standard error of the difference. Where the network's accuracy is
-    not known, it is measured against the best explainer.
+    By more than 10 points and more than twice the standard error of the difference: such a map shows what the explainer
+    sees, not why the network decides. Said when it is fitted, in panels, report, explorer and page. Where the network's
+    accuracy is not known, the best explainer's stands in for it.
     """
     table, n = explained.table, explained.settings.get("held_out_images", 0)
     if table is None or not n:
@@ -130,14 +139,27 @@ def cautions(explained: "Explained") -> dict[int, str]:
             why = (
                 "positions alone do not tell these classes apart: more images or another prototypes_per_class may help"
             )
-        lines[b] = (
-            f"{explained.name(b)} is right on {ours:.0f} % of the held-out images, {whose} on {best:.0f} % ({why})"
-        )
+        share = f"{ours:.0f} % of the held-out images"
+        if explained.predictions_as_labels:
+            lines[b] = f"{explained.name(b)} agrees with the network on {share} ({why})"
+        else:
+            lines[b] = f"{explained.name(b)} is right on {share}, {whose} on {best:.0f} % ({why})"
     return lines
 
 
 def gallery(explained: "Explained", start_block: int = 0, split: str = "") -> "pd.DataFrame":
-    """As :meth:`Explained.gallery` says."""
+    """How the prototypes of an explainer are used in a split's images; arguments as in :meth:`by_class`.
+
+    Returns
+    -------
+    DataFrame
+        By prototype its ``class`` and own ``name``; in how many ``images`` it has a cell, and its share of all
+        ``cells`` in %; in how many images that the explainer gives to its class rightly (``right``) and wrongly
+        (``wrong``); the share of its cells in other classes' images in % (``elsewhere``), and in the one of them
+        that has ``most`` (``most_with``); the nearest other prototype (``copy_of``) and how far it is, over the
+        median distance of two prototypes (``copy_distance``);
+        after :meth:`certainty` in how many refits it ``exists``.
+    """
     import pandas as pd
 
     b = start_block or explained.start_blocks[-1]

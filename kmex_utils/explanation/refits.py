@@ -1,7 +1,8 @@
 """How sure prototypes are: k-means from other seeds gives others, matched to them one by one."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,10 @@ class Refits:
         """In how many refits each prototype exists, [K]."""
         return (self.overlap > EXISTS).sum(0)
 
+    def times(self, prototype: int) -> str:
+        """In how many it exists, of how many."""
+        return f"{self.exists[prototype]} of {len(self.kept)}"
+
     @property
     def repeats(self) -> bool:
         """Whether most prototypes exist in most refits."""
@@ -81,27 +86,42 @@ def refit(
     log: Callable[[str], None] = print,
 ) -> dict[int, Refits]:
     """Refits of every start block, from one more pass of the images."""
-    dataset, network, blocks = explained.dataset, explained.network, explained.start_blocks
+    found = {}
+    with passed_again(explained, device=device, scratch=scratch, log=log) as passed:
+        for b in explained.start_blocks:
+            explainer = explained.edits.fitted(b)[0]
+            others = refitted(passed, explainer, refits, **explained.fitted_with(b))
+            maps = torch.stack([passed.map(other, "train").int() for other in others])
+            vectors = torch.stack([other.prototypes.vectors for other in others])
+            found[b] = Refits.of(passed.map(explainer, "train"), maps, vectors)
+            log(found[b].line(explained.name(b)))
+    return found
+
+
+@contextmanager
+def passed_again(
+    explained: "Explained",
+    *,
+    device: str = "auto",
+    scratch: str | Path | None = None,
+    log: Callable[[str], None] = print,
+) -> Iterator[Passed]:
+    """The images that the prototypes were made from, once more through the network, with the explanation's labels.
+
+    A ValueError if they are not here.
+    """
     explained.needs_its_images()
-    assert dataset is not None
-    chosen, found = pick_device(device), {}
+    assert explained.dataset is not None
     with tempfile.TemporaryDirectory(dir=scratch) as temporary, exact(), torch.no_grad():
         try:
-            where: dict[str, Any] = {"store": "auto", "folder": Path(temporary), "device": chosen, "log": log}
-            passed = Passed.of(network, dataset, blocks[-1], **where)
+            where: dict[str, Any] = {"folder": Path(temporary), "device": pick_device(device), "log": log}
+            first = explained.start_blocks[-1]
+            passed = Passed.of(explained.network, explained.dataset, first, store="auto", **where)
             explained.y |= {split: y.cpu() for split, y in passed.y.items()}
             labels = {split: explained.labels_of(split) for split in passed.x}
-            passed = replace(passed, labels=labels, classes=explained.classes)
-            for b in blocks:
-                explainer = explained.edits.fitted(b)[0]
-                others = refitted(passed, explainer, refits, **explained.fitted_with(b))
-                maps = torch.stack([passed.map(other, "train").int() for other in others])
-                vectors = torch.stack([other.prototypes.vectors for other in others])
-                found[b] = Refits.of(passed.map(explainer, "train"), maps, vectors)
-                log(found[b].line(explained.name(b)))
+            yield replace(passed, labels=labels, classes=explained.classes)
         finally:
-            network.to("cpu")
-    return found
+            explained.network.to("cpu")
 
 
 def refitted(

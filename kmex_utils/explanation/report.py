@@ -146,9 +146,7 @@ def _class(
             urls = [data_url(explained.patch(b, k, rank).pixels, size, quality=quality) for rank in ranks]
             shared, use = explained.sharing(b, k)[0], known["gallery"][b].loc[k] if known else None
             own = explained.edits.names(b).get(k, "")
-            exists = (
-                f"{explained.refits[b].exists[k]} of {len(explained.refits[b].kept)}" if b in explained.refits else ""
-            )
+            exists = explained.refits[b].times(k) if b in explained.refits else ""
             prototypes.append(
                 {"prototype": k, "name": own, "shared": shared, "urls": urls, "use": use, "exists": exists}
             )

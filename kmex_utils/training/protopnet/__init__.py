@@ -3,10 +3,10 @@
 The equations of h, sim and proj are in :class:`kmex_utils.method.explainers.ProtoPNet`; here is what trains them.
 """
 
-from .model import TrainableProtoPNet, evaluate, load, start
+from .model import TrainableProtoPNet, evaluate, latents, load, start
 from .options import OPTIONS, Options
 from .schedule import train
 from .views import BOXES, faded, most_activated, prototype_source
 
-__all__ = ["BOXES", "OPTIONS", "Options", "TrainableProtoPNet", "evaluate", "faded", "load", "most_activated"]
-__all__ += ["prototype_source", "start", "train"]
+__all__ = ["BOXES", "OPTIONS", "Options", "TrainableProtoPNet", "evaluate", "faded", "latents", "load"]
+__all__ += ["most_activated", "prototype_source", "start", "train"]
