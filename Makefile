@@ -4,7 +4,7 @@ PYTHON ?= python3
 CORES ?= all
 BIN := .venv/bin
 
-.PHONY: reproduce paper check test zoo lab clean
+.PHONY: reproduce paper check test docs zoo lab clean
 
 reproduce: .venv/.complete ## every notebook on the embedded digits: tables, figures, executed notebooks, HTML
 	$(BIN)/kmex batch config/quick.yaml --cores $(CORES)
@@ -28,6 +28,10 @@ test: .venv/.complete ## everything: as check, with notebooks, workflow and brow
 zoo: .venv/.complete ## which of some 400 networks of torchvision and timm fit, checked independently; resumes where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --csv runs/architectures.csv --jobs 2
 	$(BIN)/python benchmarks/architectures.py --csv runs/architectures.csv --families
+
+docs: reproduce ## the site, docs/_build/html/index.html, with the notebooks as they ran; warnings are errors
+	$(BIN)/kmex batch config/quick.yaml extras --cores $(CORES)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 lab: .venv/.complete ## step through the notebooks
 	$(BIN)/jupyter lab notebooks

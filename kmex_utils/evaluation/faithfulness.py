@@ -176,7 +176,7 @@ def localisation(att: torch.Tensor, boxes: torch.Tensor) -> dict[str, torch.Tens
 
 
 def effects(h: torch.Tensor, c_j: torch.Tensor, mean: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    """How much y_j falls when a position of a grid gives way to the mean row, exactly, float64 [N, *grid].
+    """How much y_j falls when a position of a grid gives way to the mean row, exactly, float64 [N, H', W'].
 
     Pool and head are linear (eq. 2), so replacing the share w_r of row h_r changes y_j by -1/R w_r (h_r - mean) · c_j,
     and positions add up. On a grid finer than that of ``h`` [N, D, H, W] the positions of a set S cover

@@ -174,7 +174,7 @@ def ceiling(parts: Parts, grid: tuple[int, int]) -> Tensor:
 
 
 def finer(explainer: EncoderKMeans, rows: CompositeRows, grid: tuple[int, int]) -> Tensor:
-    """Maps [N, *grid] where not the activations but the similarities of each prototype are upsampled, bilinearly.
+    """Maps [N, H', W'] where not the activations but the similarities of each prototype are upsampled, bilinearly.
 
     A finer grid alone, without a shallower block: what depth buys is what is left beyond it.
     """

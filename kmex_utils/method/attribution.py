@@ -27,7 +27,7 @@ def segment_mean(values: torch.Tensor, q_s: torch.Tensor) -> torch.Tensor:
 
 
 def upsample(att: torch.Tensor, size: tuple[int, int], align_corners: bool = False) -> torch.Tensor:
-    """Bilinear, [N, H, W] -> [N, *size]."""
+    """Bilinear, [N, H, W] -> [N, H', W'] of ``size``."""
     return F.interpolate(att[:, None], size, mode="bilinear", align_corners=align_corners)[:, 0]
 
 

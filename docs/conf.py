@@ -1,0 +1,79 @@
+"""The site: `make docs`. Builds without a network; warnings are errors."""
+
+import re
+import shutil
+from importlib.metadata import version as version_of
+from importlib.util import find_spec
+from pathlib import Path
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parent
+EXECUTED = REPOSITORY / "runs" / "mnist-mini"  # what `make reproduce` and the target `extras` leave
+
+project = "Post-hoc self-explanation of CNNs"
+author = "The kmex-companion authors"
+copyright = "the kmex-companion authors, MIT licence"
+version = release = version_of("kmex-utils")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # but where a page asks for it: those that read their numbers from CSV files
+nb_eval_name_regex = ".+"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_render_markdown_format = "myst"
+nb_merge_streams = True
+suppress_warnings = ["mystnb.unknown_mime_type"]  # of widgets, which stand beside a picture
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = False
+viewcode_follow_imported_members = False
+
+html_theme = "sphinx_book_theme"
+html_title = project
+# MathJax is a file of the site, from a package that carries it; this one of its files needs no fonts beside it
+MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax" / "tex-svg.js"
+mathjax_path = MATHJAX.name
+html_static_path = ["_static", str(MATHJAX)]
+html_css_files = ["site.css"]
+html_last_updated_fmt = ""
+html_show_sourcelink = False
+html_copy_source = False
+html_theme_options = {
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "search_bar_text": "Search",
+    "navbar_persistent": [],  # the search field is in the sidebar already
+}
+
+
+def notebooks(app: object) -> None:
+    """Lay the notebooks beside the pages: executed where they have been, of the first seed, else as they are."""
+    folder = HERE / "notebooks"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for source in sorted((REPOSITORY / "notebooks").glob("*.ipynb")):
+        made = [EXECUTED / "notebooks" / source.name, EXECUTED / "seed-0" / "notebooks" / source.name]
+        text = next((file for file in made if file.exists()), source).read_text()
+        # the package's files are pages of the site too
+        text = re.sub(r"\]\(\.\./(kmex_utils/[\w/]+)\.py\)", r"](../_modules/\1.html)", text)
+        (folder / source.name).write_text(text)
+
+
+def setup(app: object) -> None:
+    """What Sphinx calls first."""
+    app.connect("builder-inited", notebooks)
