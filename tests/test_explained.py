@@ -43,7 +43,7 @@ def test_patch_is_the_connected_part_around_the_row():
     segments[4, 4] = 1  # touches it at a corner only
     segments[7, 0] = 1  # the same prototype, elsewhere
     patch = segment_patch(image, segments, 2 * 8 + 5)
-    expected = np.full((40, 40), 131)  # two cells and one of context on each side; a fifth of the way to white
+    expected = np.full((40, 40), 115)  # two cells and one of context on each side; a tenth of the way to white
     expected[8:32, 8:32], expected[9:31, 9:31], expected[10:30, 10:30] = 255, 0, 100
     assert np.array_equal(patch, np.broadcast_to(expected[..., None], (40, 40, 3)))
 

@@ -75,7 +75,7 @@ def segment_patch(image: np.ndarray, segments: np.ndarray, position: int) -> np.
     row_of, column_of = (np.arange(n) * count // n for n, count in zip(image.shape[:2], part.shape, strict=True))
     cut = np.s_[top : top + height, left : left + width]
     inside, image = part[row_of][:, column_of][cut], image[cut]
-    patch = np.where(inside[..., None], image, image + 0.2 * (255.0 - image))
+    patch = np.where(inside[..., None], image, image + 0.1 * (255.0 - image))
     line = max(1, round(side / 50))  # seen where a patch is drawn as small as in Figure 1
     for thickness, colour in ((2 * line, 255), (line, 0)):  # black within white tells on any photograph
         patch[_around(inside, thickness)] = colour
