@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from .. import paths
-from ..store import replacing
+from ..store import clean, replacing, reserve
 from . import sources
 from .input import IMAGENET_MEAN, IMAGENET_STD, Input
 from .reading import Reading, read_many, readable
@@ -296,6 +296,10 @@ def _decoded(
         key.update(os.fsencode(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n"))
     path = cache.with_name(f"{cache.name}-{'x'.join(map(str, dict.fromkeys(input.size)))}-{key.hexdigest()[:12]}.npy")
     if not path.exists():
+        clean(path.parent)
         with replacing(path) as temporary:
-            decode(np.lib.format.open_memmap(temporary, "w+", np.uint8, shape))
+            pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+            with temporary.open("r+b") as file:
+                reserve(file, temporary.stat().st_size, path.parent)
+            decode(pixels)
     return np.load(path, mmap_mode="r"), index
