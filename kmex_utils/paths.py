@@ -30,7 +30,7 @@ def unnumbered(name: str) -> str:
 def folder_name(name: str, what: str = "dataset") -> str:
     """The name, which becomes a folder's; a ValueError where it holds what a path, a shell or a workflow would read."""
     if not isinstance(name, str):
-        raise ValueError(f"{what} {name!r} is not text but a {type(name).__name__} to YAML: write it in quotes")
+        raise ValueError(f"{what} {name!r} is not text but {type(name).__name__} to YAML: write it in quotes")
     if not re.fullmatch(r"\w([\w .+-]{0,98}[\w+-])?", name):
         raise ValueError(
             f"{what} {name!r} cannot name a folder: use letters, digits, - and _, and within it . + and spaces"

@@ -6,6 +6,7 @@ in batches, on the device.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -298,8 +299,10 @@ def _decoded(
     if not path.exists():
         clean(path.parent)
         with replacing(path) as temporary:
-            pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-            with temporary.open("r+b") as file:
-                reserve(file, temporary.stat().st_size, path.parent)
+            with temporary.open("r+b") as file:  # as open_memmap does, which reserves nothing
+                head = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, head)
+                reserve(file, file.tell() + math.prod(shape), path.parent)
+                pixels = np.memmap(file, np.uint8, "r+", file.tell(), shape)
             decode(pixels)
     return np.load(path, mmap_mode="r"), index

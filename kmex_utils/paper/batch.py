@@ -31,6 +31,7 @@ from .published import with_spread
 MEASURES = {"accuracy": "accuracy", "cos_class": "cosine to class", "cos_out": "cosine to others"}
 ELSEWHERE = "Another chip moves ProtoPNet alone, by up to 0.3 points and cosines by 0.01, and the bytes of Figure 2."
 ENDING = 10.0  # seconds that processes of a killed run may take to end
+NESTED = 10  # levels of a configuration
 KEYS = {"datasets", "seeds", "threads", "report", "studies"}  # of a configuration
 TAKES = {  # parameters a data set's entry in the configuration may set, beside those the rules give
     "01_train": ["folder", "classes", "crop", "images_per_class", "validation", "held_out", "image_size", "flip",
@@ -71,10 +72,13 @@ def configuration(path: Path) -> dict[str, Any]:
 
     try:
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError(f"{path} has aliases (*name), which can grow without end: write the values out")
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > NESTED:
+                raise ValueError(f"{path} has aliases (*name) or more than {NESTED} levels: write the values out")
         config = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     config = config if isinstance(config, dict) else {}
     if not isinstance(config.get("datasets"), dict) or not config["datasets"]:
@@ -244,9 +248,10 @@ def failures(runs: Path, since: float = 0.0) -> Iterator[str]:
         errors = [(cell, output) for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
         for cell, output in errors:
             yield f"FAILED {notebook}, cell [{cell['execution_count']}]: {output['ename']}: {output['evalue']}"
-        started = sum(cell["metadata"].get("papermill", {}).get("start_time") is not None for cell in cells)
-        if not errors and not content["metadata"].get("papermill", {}).get("end_time"):
-            yield f"FAILED {notebook}, cell [{started}]: ended from outside while it ran"
+        states = [cell["metadata"].get("papermill", {}).get("status") for cell in cells]
+        if not errors and {"pending", "running"} & set(states):
+            ran = len(states) - states.count("pending")
+            yield f"FAILED {notebook}, cell [{ran}]: it was ended from outside: run again"
 
 
 def outcome(runs: Path, tables: Mapping[str, list[Path]], before: Mapping[Path, bytes]) -> Iterator[str]:
