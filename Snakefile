@@ -1,6 +1,7 @@
 """One rule per notebook, over data sets and seeds. Started by `kmex batch CONFIG`."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ if not config:
     raise WorkflowError("name a configuration: --configfile config/quick.yaml, or kmex batch CONFIG")
 
 BASE = Path(workflow.basedir)
-RUNS = config.get("runs", "runs")
-FIGURES = config.get("figures", "figures")
+RUNS = os.environ.get("KMEX_RUNS", "runs")
+FIGURES = os.environ.get("KMEX_FIGURES", "figures")
 DATASETS = config["datasets"]
 SEEDS = config["seeds"]
 REPORT = config.get("report", "report")  # folder of notebook 15's page beside the figures

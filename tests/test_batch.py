@@ -15,7 +15,6 @@ import papermill
 import pytest
 import yaml
 from conftest import NOTEBOOKS
-from snakemake.cli import parse_config
 
 from kmex_utils import cli, paths, store
 from kmex_utils.paper import batch as workflow
@@ -91,7 +90,7 @@ def test_a_gpu_is_used_by_one_notebook_at_a_time(gpu, tmp_path, monkeypatch):
     tool.parent.mkdir()
     tool.touch(mode=0o755 if gpu else 0o644)
     monkeypatch.setenv("PATH", str(tool.parent))
-    given = workflow.command(tmp_path, tmp_path / "runs", tmp_path / "figures", ["--cores", "2"])
+    given = workflow.command(tmp_path, ["--cores", "2"])
     assert ("gpu=1" in given) == gpu and given.count("--cores") == 1
 
 
@@ -314,13 +313,6 @@ def test_kill_and_resume(tmp_path):
     assert "resuming after epoch" in json.dumps(executed)
     pages = list((cut / "runs").glob("**/notebooks/*.html"))
     assert len(pages) == 11
-
-
-def test_names_stay_text():
-    """YAML takes 2024_11 for a number."""
-    options = workflow.command(paths.ROOT / "c.yaml", paths.ROOT / "2024_11", paths.ROOT / "1e3", [])
-    start = options.index("--config") + 1
-    assert parse_config(options[start : start + 2]) == {"runs": "2024_11", "figures": "1e3"}
 
 
 @pytest.mark.batch

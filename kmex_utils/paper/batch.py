@@ -9,6 +9,7 @@ import ast
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -137,14 +138,16 @@ def run(config: Path, runs: Path, figures: Path, options: list[str]) -> int:
         return 2
     start = time.time()
     dry = any(option.startswith(("-n", "--dry")) for option in options)
+    # names as they are, which Snakemake's --config takes for numbers; a line per epoch in a log, not one per step
+    environment = {"KMEX_RUNS": _short(runs), "KMEX_FIGURES": _short(figures), "TQDM_DISABLE": "1", "PYTHONUTF8": "1"}
     with lock:
         process = subprocess.Popen(
-            command(config, runs, figures, options),
+            command(config, options),
             stdin=subprocess.PIPE,  # see process
             process_group=0,
             pass_fds=[lock.fileno()],
             cwd=paths.ROOT,
-            env={**os.environ, "TQDM_DISABLE": "1", "PYTHONUTF8": "1"},  # a line per epoch in a log, not one per step
+            env={**os.environ, **environment},
         )
         try:
             status = interruptible(process.wait)
@@ -165,7 +168,7 @@ def run(config: Path, runs: Path, figures: Path, options: list[str]) -> int:
 
 def _writable(folder: Path, option: str) -> None:
     """Refuse a folder that cannot be written to, before anything is computed."""
-    if any(character in "{}" or not character.isprintable() for character in str(folder)):
+    if re.search(r"[{}\x00-\x1f\x7f]", str(folder)):
         raise ValueError(f"{str(folder)!r} has braces or control characters: choose another folder as {option}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,17 +177,13 @@ def _writable(folder: Path, option: str) -> None:
         raise OSError(f"cannot write to {folder} ({error.strerror}): choose another folder as {option}") from None
 
 
-def command(config: Path, runs: Path, figures: Path, options: list[str]) -> list[str]:
+def command(config: Path, options: list[str]) -> list[str]:
     """The command that starts Snakemake; ``options`` of its own go first."""
     if not any(option.startswith(("--cores", "-c", "-j", "--jobs")) for option in options):
         options = [*options, "--cores", "all"]
     if shutil.which("nvidia-smi") and not any(option.startswith(("--resources", "--res")) for option in options):
         options = [*options, "--resources", "gpu=1"]  # notebooks share one GPU in turn, not its memory
     always = ["--snakefile", str(paths.ROOT / "Snakefile"), "--configfile", str(config)]
-    always += [
-        "--config",
-        *(f"{name}={json.dumps(_short(path))}" for name, path in (("runs", runs), ("figures", figures))),
-    ]
     always += ["--directory", str(paths.ROOT), "--nolock", "--rerun-incomplete", "--quiet", "host"]
     if not any(option.startswith(("-n", "--dry")) for option in options):
         always += ["rules", "progress"]  # each notebook says when it starts and ends
