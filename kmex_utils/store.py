@@ -7,13 +7,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 if sys.platform != "win32":
     import fcntl
@@ -26,14 +28,15 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; it becomes ``path`` on success and is removed on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{uuid4().hex[:8]}{path.suffix}")
-    held = lock(temporary) if sys.platform != "win32" else None  # see clean()
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        if held:
-            held.close()
+    with ExitStack() as held:
+        if sys.platform != "win32":
+            with suppress(OSError):
+                held.enter_context(lock(temporary))  # see clean()
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def lock(path: Path, *, shared: bool = False, seconds: float = 0.0) -> IO[bytes]:
@@ -63,7 +66,7 @@ def clean(folder: Path) -> None:
     """Remove what killed processes left of :func:`replacing` below a folder; what is being written stays."""
     for path in folder.rglob(".*") if sys.platform != "win32" else ():
         if TEMPORARY.fullmatch(path.name) and path.is_file():
-            with suppress(BlockingIOError), lock(path):
+            with suppress(OSError), lock(path):
                 path.unlink()
 
 
@@ -88,8 +91,9 @@ def room(folder: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], settings: Mapping[str, Any]) -> None:
     """Write tensors and the settings that made them into one safetensors file."""
+    import torch
     from safetensors.torch import save
 
     copies = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
@@ -97,7 +101,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapp
         temporary.write_bytes(save(copies, {"settings": json.dumps(settings)}))  # save_file's is for its owner alone
 
 
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
     """Tensors and settings of a file written by :func:`save_tensors`.
 
     FileNotFoundError where it is absent, ValueError where it is no safetensors or not written by this package.

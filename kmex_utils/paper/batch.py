@@ -27,7 +27,6 @@ import pandas as pd
 
 from .. import parameters, paths, store
 from .process import LOCK, interruptible
-from .published import with_spread
 
 MEASURES = {"accuracy": "accuracy", "cos_class": "cosine to class", "cos_out": "cosine to others"}
 ELSEWHERE = "Another chip moves ProtoPNet alone, by up to 0.3 points and cosines by 0.01, and the bytes of Figure 2."
@@ -266,6 +265,8 @@ def outcome(runs: Path, tables: Mapping[str, list[Path]], before: Mapping[Path, 
 
 def _compact(file: Path) -> pd.DataFrame:
     """The main rows of a table: model by measure, mean ± standard deviation over seeds (the paper's)."""
+    from .published import with_spread  # brings torch, which takes seconds
+
     table = pd.read_csv(file)
     table = table[table.metric.isin(MEASURES)]
     digits = 1 if "accuracy" in set(table.metric) else 2

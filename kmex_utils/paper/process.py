@@ -75,6 +75,8 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
     from papermill.engines import NBClientEngine, papermill_engines
     from papermill.exceptions import PapermillExecutionError
 
+    for folder in (Path(runs), Path(out).parent):
+        folder.mkdir(parents=True, exist_ok=True)
     file = lock(Path(runs) / LOCK, shared=True)
 
     class Client(PapermillNotebookClient):
@@ -102,7 +104,6 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
     start = time.monotonic()
     how: dict[str, Any] = {"stdout_file": sys.stdout, "start_timeout": START, "progress_bar": False}
     try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(source, out, json.loads(parameters), engine_name="kmex", **how)
     except PapermillExecutionError as error:
         print(error, file=sys.stderr)
