@@ -329,9 +329,7 @@ def test_names_with_spaces_and_other_letters(tmp_path):
     done = subprocess.run([*command, target], cwd=root, env=environment, capture_output=True, text=True)
     last = done.stderr.splitlines()[-1]
     notebook = root / "2024_11" / "my digits" / "seed-0" / "notebooks" / "01_train.ipynb"
-    assert done.returncode == 1 and re.search(
-        r"/my digits/.*, cell \[\d+\]: FileNotFoundError: .*nothing here", last
-    ), last
+    assert done.returncode == 1 and re.search(r"/my digits/.*, cell \[\d+\]: ValueError: .*nothing here", last), last
     assert notebook.is_file() and not list(tmp_path.rglob("PWNED"))
 
 
