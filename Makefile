@@ -4,7 +4,7 @@ PYTHON ?= python3
 CORES ?= all
 BIN := .venv/bin
 
-.PHONY: reproduce paper check test docs zoo lab clean
+.PHONY: reproduce paper check test hardening docs zoo lab clean
 
 reproduce: .venv/.complete ## every notebook on the embedded digits: tables, figures, executed notebooks, HTML
 	$(BIN)/kmex batch config/quick.yaml --cores $(CORES)
@@ -17,13 +17,16 @@ check: .venv/.complete ## before a commit: format, lint, types, unit tests; two 
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not (notebook or batch or browser or slow)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not (notebook or batch or browser or hardening or slow)"
 
 test: .venv/.complete ## everything: as check, with notebooks, workflow and browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+hardening: .venv/.complete ## 50 kills of the batch, 20 of the export, 10 full disks at random moments; prints counts and minutes
+	OMP_NUM_THREADS=1 KMEX_HARDENING="50 20 10" $(BIN)/python -m pytest -s -m hardening tests/test_hardening.py
 
 zoo: .venv/.complete ## which of some 400 networks of torchvision and timm fit, checked independently; resumes where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --csv runs/architectures.csv --jobs 2

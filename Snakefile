@@ -1,17 +1,19 @@
 """One rule per notebook, over data sets and seeds. Started by `kmex batch CONFIG`."""
 
 import json
+import os
 import shlex
+import sys
 from pathlib import Path
 
-from kmex_utils.paper.batch import sources
+from kmex_utils.paper.batch import TAKES, sources
 
 if not config:
     raise WorkflowError("name a configuration: --configfile config/quick.yaml, or kmex batch CONFIG")
 
 BASE = Path(workflow.basedir)
-RUNS = config.get("runs", "runs")
-FIGURES = config.get("figures", "figures")
+RUNS = os.environ.get("KMEX_RUNS", "runs")
+FIGURES = os.environ.get("KMEX_FIGURES", "figures")
 DATASETS = config["datasets"]
 SEEDS = config["seeds"]
 REPORT = config.get("report", "report")  # folder of notebook 15's page beside the figures
@@ -25,43 +27,12 @@ PER_SEED = ["01_train", "02_cnn_as_sem", "03_kmex", "04_encoder", "05_protopnet"
 TRAININGS = ["01_train", "05_protopnet"]
 STAGES = ["train", "sem", "kmex", "encoder", "protopnet"]
 PER_DATASET = ["06_alignment", "07_accuracy", "08_umap", "09_interpretation", "17_faithfulness", "19_certainty"]
-TAKES = {  # parameters a data set's entry in the configuration may set, beside those the rules give
-    "01_train": ["folder", "classes", "crop", "images_per_class", "validation", "held_out", "image_size", "flip",
-                 "padding", "arch", "arch_args", "weights", "bias", "epochs", "batch_size", "learning_rate", "momentum",
-                 "precision", "device", "data"],
-    "02_cnn_as_sem": ["device"],
-    "03_kmex": ["restarts"],
-    "04_encoder": ["start_blocks", "prototypes_per_class", "norm", "scale", "align_corners", "grid", "restarts",
-                   "store", "device"],
-    "05_protopnet": ["features_from", "prototypes_per_class", "prototype_depth", "prototype_size", "warm_epochs",
-                     "joint_epochs", "push_start", "push_every", "last_passes", "batch_size", "features_rate",
-                     "add_on_rate", "prototypes_rate", "last_rate", "weight_decay", "rate_step", "rate_factor",
-                     "cross_entropy", "cluster", "separation", "l1", "epsilon", "wrong_class", "frozen_features",
-                     "affine", "embedding", "restarts", "precision", "device"],
-    "06_alignment": [],
-    "07_accuracy": [],
-    "08_umap": ["group"],
-    "09_interpretation": ["image", "target", "attribution_start", "closer", "device"],
-    "10_subset": ["fractions", "draws", "restarts", "device"],
-    "13_open_choices": ["fit_on", "others", "device"],
-    "14_depth": ["fit_on", "device"],
-    "16_fidelity": ["annotations", "fit_on", "weights", "device"],
-    "17_faithfulness": ["annotations", "images", "steps", "rise_masks", "device"],
-    "18_concepts": ["annotations", "device"],
-    "19_certainty": ["device"],
-}  # fmt: skip
 WITH_PARTS = [name for name, chosen in DATASETS.items() if name == "cub200" or (chosen or {}).get("annotations")]
 
 
 wildcard_constraints:
     dataset="[^/]+",
     seed="[0-9]+",
-
-
-for name, chosen in DATASETS.items():
-    unknown = set(chosen or {}) - set(sum(TAKES.values(), [])) - {"seeds"}
-    if unknown:
-        raise WorkflowError(f"no notebook takes {', '.join(sorted(unknown))} (given for {name} in the configuration)")
 
 
 def code(notebook, *started):
@@ -81,7 +52,7 @@ def given(notebook, **values):
         chosen = DATASETS[wildcards.dataset] or {}
         chosen = {name: chosen[name] for name in TAKES[notebook] if name in chosen}
         parameters = {"dataset": wildcards.dataset, **chosen, **named, "runs": RUNS}
-        return shlex.quote(json.dumps(parameters))
+        return json.dumps(parameters)
 
     return of
 
@@ -117,14 +88,15 @@ def pages(runs, notebooks):
     return [f"{runs}/notebooks/{notebook}.html" for notebook in notebooks]
 
 
+def quoted(*words):
+    """Words for a shell, in a string that Snakemake formats."""
+    return shlex.join(map(str, words)).replace("{", "{{").replace("}", "}}")
+
+
 def execute(notebook):
-    """The command of a rule: a line at start and end, what the notebook prints as it comes, no kernel's chatter."""
-    chatter = "grep --line-buffered -v -e 'over TCP without encryption' -e 'KeyboardInterrupt caught in kernel' >&2"
-    source = shlex.quote(str(BASE / "notebooks" / f"{notebook}.ipynb"))
-    # 300 seconds: beside many others a kernel once took more than papermill's 60 to answer
-    command = f"papermill --no-progress-bar --log-level WARNING --start-timeout 300 --stdout-file >(cat) 2> >({chatter})"
-    command += f" {source} {{log:q}} -y {{params.given}}"
-    return f"echo \"$(date +%T) start {{log}}\"; {command}; echo \"$(date +%T) done  {{log}}, $SECONDS s\""
+    """The command of a rule, whose parameter ``given`` and log it takes."""
+    run = quoted(sys.executable, "-m", "kmex_utils.paper.process", "notebook", BASE / "notebooks" / f"{notebook}.ipynb")
+    return f"exec {run} {{log:q}} {{params.given:q}} {quoted(RUNS)}"
 
 
 rule all:
@@ -477,7 +449,7 @@ rule report:
     output:
         f"{FIGURES}/{REPORT}/report.md",
     params:
-        given=shlex.quote(json.dumps({"datasets": list(DATASETS), "config": CONFIG, "name": REPORT, "studies": STUDIES, "runs": RUNS, "figures_folder": FIGURES})),
+        given=lambda wildcards: json.dumps({"datasets": list(DATASETS), "config": CONFIG, "name": REPORT, "studies": STUDIES, "runs": RUNS, "figures_folder": FIGURES}),
     log:
         f"{RUNS}/{REPORT}/notebooks/15_report.ipynb",
     shell:
@@ -493,7 +465,7 @@ rule scaling:
         f"{FIGURES}/scaling/explain.csv",
         f"{FIGURES}/scaling/stream.csv",
     params:
-        given=shlex.quote(json.dumps({"figures_folder": FIGURES})),
+        given=lambda wildcards: json.dumps({"figures_folder": FIGURES}),
     log:
         f"{RUNS}/scaling/notebooks/11_scaling.ipynb",
     resources:
@@ -521,7 +493,7 @@ rule html_of_run:
     params:
         executed=lambda wildcards, output: [str(Path(page).with_suffix(".ipynb")) for page in output],
     shell:
-        "jupyter nbconvert --to html --log-level ERROR {params.executed:q}"
+        f"{quoted(sys.executable)} -m nbconvert --to html --log-level ERROR {{params.executed:q}}"
 
 
 rule html_of_data:
@@ -533,4 +505,4 @@ rule html_of_data:
     params:
         executed=lambda wildcards, output: [str(Path(page).with_suffix(".ipynb")) for page in output],
     shell:
-        "jupyter nbconvert --to html --log-level ERROR {params.executed:q}"
+        f"{quoted(sys.executable)} -m nbconvert --to html --log-level ERROR {{params.executed:q}}"

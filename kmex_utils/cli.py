@@ -4,6 +4,7 @@ What a command needs is imported when it runs, so that ``--help`` and a mistyped
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -37,6 +38,9 @@ EXPLAIN = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status. What is wrong is one line on stderr, and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of a terminal that lacks a character
     parser = _parser()
     options, options_left = parser.parse_known_args(arguments)
     if options.command is batch:

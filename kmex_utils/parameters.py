@@ -24,7 +24,7 @@ def check(namespace: Mapping[str, Any]) -> dict[str, Any]:
     if "In" in namespace:
         sources = [source for source in namespace["In"] if source.strip()]
     else:  # run as a script
-        sources = [Path(namespace["__file__"]).read_text()]
+        sources = [Path(namespace["__file__"]).read_text(encoding="utf-8")]
     return checked(sources, namespace)
 
 
@@ -44,7 +44,13 @@ def checked(sources: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
             close = get_close_matches(name, types, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(f"unknown parameter {name!r}: {hint}This notebook takes {', '.join(types)}")
-    return {name: _typed(name, kind, values[name]) for name, kind in types.items()}
+    return {name: typed(name, kind, values[name]) for name, kind in types.items()}
+
+
+def declared(source: str) -> dict[str, str]:
+    """The types that a notebook's script declares, by parameter."""
+    found = (statement for statement in _statements(source) if isinstance(statement, ast.AnnAssign))
+    return {ast.unparse(statement.target): ast.unparse(statement.annotation) for statement in found}
 
 
 def _statements(source: str) -> list[ast.stmt]:
@@ -54,12 +60,13 @@ def _statements(source: str) -> list[ast.stmt]:
         return []
 
 
-def _typed(name: str, kind: str, value: Any) -> Any:
+def typed(name: str, kind: str, value: Any) -> Any:
+    """The value of a parameter of that type; a ValueError where it is of another."""
     if kind.startswith("list["):
         if not isinstance(value, list | tuple):
             hint = f"; from the shell: papermill -y '{name}: [1, 2]'" if isinstance(value, str) else ""
             raise ValueError(f"parameter {name} must be a {kind}, got {value!r} ({type(value).__name__}){hint}")
-        return [_typed(name, kind.removeprefix("list[").removesuffix("]"), item) for item in value]
+        return [typed(name, kind.removeprefix("list[").removesuffix("]"), item) for item in value]
     if kind == "float" and type(value) is int:
         value = float(value)
     if type(value).__name__ != kind:

@@ -25,3 +25,14 @@ def located(path: str | Path) -> Path:
 def unnumbered(name: str) -> str:
     """A class folder's name without the number that CUB (``001.``) and ImageNet (``n01440764-``) put before it."""
     return re.sub(r"^(\d+\.|n\d{8}[-_])(?=\D)", "", name)
+
+
+def folder_name(name: str, what: str = "dataset") -> str:
+    """The name, which becomes a folder's; a ValueError where it holds what a path, a shell or a workflow would read."""
+    if not isinstance(name, str):
+        raise ValueError(f"{what} {name!r} is not text but {type(name).__name__} to YAML: write it in quotes")
+    if not re.fullmatch(r"\w([\w .+-]{0,98}[\w+-])?", name):
+        raise ValueError(
+            f"{what} {name!r} cannot name a folder: use letters, digits, - and _, and within it . + and spaces"
+        )
+    return name

@@ -2,13 +2,25 @@
 
 import json
 import os
+import re
+import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 from uuid import uuid4
 
-import torch
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+if sys.platform != "win32":
+    import fcntl
+
+TEMPORARY = re.compile(r"\..+-[0-9a-f]{8}(\.\w+)?")
 
 
 @contextmanager
@@ -16,15 +28,72 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; it becomes ``path`` on success and is removed on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{uuid4().hex[:8]}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with ExitStack() as held:
+        if sys.platform != "win32":
+            with suppress(OSError):
+                held.enter_context(lock(temporary))  # see clean()
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> None:
+def lock(path: Path, *, shared: bool = False, seconds: float = 0.0) -> IO[bytes]:
+    """Open and lock a file, which is made if it is absent; closing it, or the end of all who hold it, releases it.
+
+    The lock goes to children that inherit the open file. A BlockingIOError where others have it for ``seconds``.
+    """
+    file = path.open("ab")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return relock(file, shared=shared)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                file.close()
+                raise
+            time.sleep(0.1)
+
+
+def relock(file: IO[bytes], *, shared: bool) -> IO[bytes]:
+    """The file locked otherwise; a BlockingIOError where others have it by then."""
+    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    return file
+
+
+def clean(folder: Path) -> None:
+    """Remove what killed processes left of :func:`replacing` below a folder; what is being written stays."""
+    for path in folder.rglob(".*") if sys.platform != "win32" else ():
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
+            with suppress(OSError), lock(path):
+                path.unlink()
+
+
+def reserve(file: IO[bytes], needed: int, folder: Path) -> None:
+    """Give a file so many bytes of the disk: where one fills up under a memory map, the process dies without a word.
+
+    An OSError, one line, where they are not there.
+    """
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        try:
+            os.posix_fallocate(file.fileno(), 0, needed)
+        except OSError as error:
+            room = f"{needed / 2**30:.2g} GiB do not fit into {folder} ({error.strerror})"
+            raise OSError(f"{room}: free some space, or choose a folder on another disk") from None
+
+
+def room(folder: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """An empty array in a file of ``folder`` that has no name and ends with it; OSError as :func:`reserve`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        reserve(file, int(np.prod(shape)) * np.dtype(dtype).itemsize, folder)
+        return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], settings: Mapping[str, Any]) -> None:
     """Write tensors and the settings that made them into one safetensors file."""
+    import torch
     from safetensors.torch import save
 
     copies = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
@@ -32,7 +101,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapp
         temporary.write_bytes(save(copies, {"settings": json.dumps(settings)}))  # save_file's is for its owner alone
 
 
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
     """Tensors and settings of a file written by :func:`save_tensors`.
 
     FileNotFoundError where it is absent, ValueError where it is no safetensors or not written by this package.
@@ -55,7 +124,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def save_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save_json(path: Path, content: Any) -> None:
@@ -66,6 +135,6 @@ def save_json(path: Path, content: Any) -> None:
 def load_json(path: Path) -> Any:
     """Read JSON; a file that is not JSON is named in the error."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not readable JSON ({error}); delete it and make it again") from None

@@ -112,8 +112,9 @@ blocks = network.activations(images.input(images.train.pixels[:2]))
 # %% [markdown]
 # ## Training
 #
-# SGD with a cosine from the first to the last step and cross-entropy. The state is kept after every epoch: a run that
-# was killed continues from there and ends with the same weights. With `frozen` the encoder stays as it began, and the
+# SGD with a cosine from the first to the last step and cross-entropy. The state is kept after every epoch, in
+# `training.safetensors`: a run that was killed continues from there and ends with the same weights, and a finished
+# training of the same settings and code is not repeated. With `frozen` the encoder stays as it began, and the
 # head is fitted to $z$ by logistic regression.
 
 # %%
@@ -182,5 +183,4 @@ run.save_embeddings(**{split: (z[split], labels[split]) for split in z})
 run.save_results(
     "train", [("CNN", "accuracy", split, value) for split, value in reached.items()], **trained["schedule"]
 )
-run.training_state.unlink(missing_ok=True)
 print(f"weights, embeddings and results are in {run.folder}")

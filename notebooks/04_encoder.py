@@ -72,8 +72,7 @@ import torch
 
 from kmex_utils.explanation.passed import Passed
 
-folder = run.folder / "activations"
-passed = Passed.of(explained.network, images, min(names), store=store, folder=folder, device=device)
+passed = Passed.of(explained.network, images, min(names), store=store, folder=run.folder, device=device)
 first = passed.x["train"].read(torch.tensor([0]), min(names))
 {f"B{b}": f"{u.shape[2]} x {u.shape[3]} positions, {u.shape[1]} channels" for b, u in enumerate(first, min(names))}
 
@@ -99,8 +98,6 @@ explained
 # frequent prototype. Both are reported.
 
 # %%
-import shutil
-
 from kmex_utils.explanation.passed import accuracies
 
 results = []
@@ -112,7 +109,6 @@ for b, name in names.items():
 made_by = {"norm": norm, "scale": scale, "align_corners": align_corners, "grid": grid, "store": store}
 made_by |= {"prototypes_per_class": prototypes_per_class, "restarts": restarts, "start_blocks": list(names)}
 run.save_results("encoder", results, **made_by)
-shutil.rmtree(folder, ignore_errors=True)
 
 # %%
 import pandas as pd

@@ -258,7 +258,6 @@ fitted = {"prototypes_per_class": prototypes_per_class, "restarts": restarts}
 run.save_part("ProtoPNet-KMEx", vars(kmex.prototypes), {**fitted, "seed": seed})
 made_with = {"features_from": features_from, **fitted, "embedding": embedding}
 run.save_results("protopnet", results + cosines, **asdict(options), **made_with)
-checkpoint.unlink(missing_ok=True)
 
 # %%
 seconds = pd.DataFrame(history).groupby("phase", sort=False).seconds.sum()

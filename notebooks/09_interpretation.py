@@ -145,11 +145,15 @@ def trained_on(images):
     network = networks.for_training(
         began["arch"], images.classes, str(run.folder / "weights.safetensors"), images.input, **how
     )
-    checkpoint = run.folder / "closer.safetensors"
+    checkpoint = run.folder / "training-closer.safetensors"
     precision = str(hardware.training_dtype("auto", on)).removeprefix("torch.")
-    options = {"seed": seed, "precision": precision, "device": on, "made_by": {"closer": closer}}
+    options = {
+        "seed": seed,
+        "precision": precision,
+        "device": on,
+        "made_by": {"closer": closer, "network": began["network"]},
+    }
     train(network, images, Schedule(1, 32, 0.005, momentum=0.9), checkpoint=checkpoint, **options)
-    checkpoint.unlink(missing_ok=True)
     return network.cpu()
 
 

@@ -21,7 +21,11 @@ gc.set_threshold(10_000, 20, 10)  # a tenth of the time would go into looking fo
 
 def pytest_collection_modifyitems(items):
     """The slow ones last, so that a broken equation shows first."""
-    items.sort(key=lambda item: len({"notebook", "batch", "browser"} & {mark.name for mark in item.iter_markers()}))
+    items.sort(
+        key=lambda item: len(
+            {"notebook", "batch", "browser", "hardening"} & {mark.name for mark in item.iter_markers()}
+        )
+    )
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """The workflow: parameters, what depends on what, one at a time, kill and resume, a failing notebook, the outcome."""
 
-import ast
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import NOTEBOOKS
 
-from kmex_utils import paths
+from kmex_utils import cli, paths, store
 from kmex_utils.paper import batch as workflow
 
 TINY = {
@@ -52,7 +52,7 @@ def configuration(folder, parameters=TINY, name="mnist-mini", seeds=(0,)):
 def test_the_workflow_gives_only_parameters_the_notebooks_take(name, tmp_path):
     config = paths.ROOT / "config" / f"{name}.yaml"
     text = batch(tmp_path, config, "all", "extras", "--dry-run", "--printshellcmds").stdout
-    commands = re.findall(r"papermill .*/notebooks/(\S+)\.ipynb \S+ -y (.+); echo", text)
+    commands = re.findall(r"process notebook .*/notebooks/(\S+)\.ipynb \S+ ('.+') \S+$", text, re.M)
     with_parts = "cub200" in yaml.safe_load(config.read_text())["datasets"]
     expected = 17 + with_parts
     assert len({notebook for notebook, _ in commands}) == expected, (
@@ -74,14 +74,13 @@ def test_the_workflow_gives_only_parameters_the_notebooks_take(name, tmp_path):
 
 @pytest.mark.batch
 def test_what_the_configuration_may_set_exists(tmp_path):
-    """Each name in the Snakefile's table is a parameter of that notebook."""
-    text = (paths.ROOT / "Snakefile").read_text()
-    takes = ast.literal_eval(re.search(r"TAKES = (\{.*?\n\})", text, re.S).group(1))
-    for notebook, names in takes.items():
+    """Each name in the table is a parameter of that notebook."""
+    for notebook, names in workflow.TAKES.items():
         assert set(names) <= set(papermill.inspect_notebook(str(NOTEBOOKS / f"{notebook}.ipynb"))), notebook
     wrong = configuration(tmp_path, {"epoch": 3})
     done = batch(tmp_path, wrong, "--dry-run")
-    assert done.returncode != 0 and "no notebook takes epoch" in done.stdout
+    line = "error: no notebook takes epoch; did you mean epochs? (given for mnist-mini)\n"
+    assert (done.returncode, done.stdout) == (2, line)
 
 
 @pytest.mark.parametrize("gpu", [True, False])
@@ -91,10 +90,105 @@ def test_a_gpu_is_used_by_one_notebook_at_a_time(gpu, tmp_path, monkeypatch):
     tool.parent.mkdir()
     tool.touch(mode=0o755 if gpu else 0o644)
     monkeypatch.setenv("PATH", str(tool.parent))
-    given = []
-    monkeypatch.setattr("snakemake.cli.main", given.extend)
-    assert workflow.run(configuration(tmp_path), tmp_path / "runs", tmp_path / "figures", ["--cores", "2"]) == 0
+    given = workflow.command(tmp_path, ["--cores", "2"])
     assert ("gpu=1" in given) == gpu and given.count("--cores") == 1
+
+
+WRONG = {
+    "no seeds": ("datasets: {mnist-mini: {}}\nthreads: 1", "the configuration needs `seeds`"),
+    "empty seeds": ("datasets: {mnist-mini: {}}\nseeds: []\nthreads: 1", "the configuration needs `seeds`"),
+    "seeds that are text": ("datasets: {mnist-mini: {}}\nseeds: ['0']\nthreads: 1", "the configuration needs `seeds`"),
+    "own seeds": ("datasets: {mnist-mini: {seeds: 3}}\nseeds: [0]\nthreads: 1", "mnist-mini needs `seeds`"),
+    "no threads": ("datasets: {mnist-mini: {}}\nseeds: [0]", "the configuration needs `threads`"),
+    "no data sets": ("datasets: {}\nseeds: [0]\nthreads: 1", "needs `datasets`"),
+    "a list of data sets": ("datasets: []\nseeds: [0]\nthreads: 1", "needs `datasets`"),
+    "a number": (
+        "datasets: {2024: {}}\nseeds: [0]\nthreads: 1",
+        "2024 is not text but int to YAML: write it in quotes",
+    ),
+    "a path": ("datasets: {../up: {}}\nseeds: [0]\nthreads: 1", "'../up' cannot name a folder"),
+    "a command": ('datasets: {"a$(touch PWNED)": {}}\nseeds: [0]\nthreads: 1', "cannot name a folder"),
+    "a pattern": ('datasets: {"{seed}": {}}\nseeds: [0]\nthreads: 1', "cannot name a folder"),
+    "a report elsewhere": ("datasets: {mnist-mini: {}}\nseeds: [0]\nthreads: 1\nreport: ../up", "report '../up'"),
+    "an unknown key": (
+        "datasets: {mnist-mini: {}}\nseed: [0]\nthreads: 1",
+        "unknown in the configuration: seed; did you",
+    ),
+    "another type": (
+        "datasets: {mnist-mini: {image: first}}\nseeds: [0]\nthreads: 1",
+        "parameter image must be of type int, got 'first' (str) (given for mnist-mini)",
+    ),
+    "no parameters": ("datasets: {mnist-mini: 3}\nseeds: [0]\nthreads: 1", "must be parameters and their values"),
+    "no YAML": ("datasets: [", "is not YAML"),
+    "no text": ("datasets: \udcff", "is not YAML"),
+    "no end": ("[" * 100_000, "more than 10 levels"),
+    "an alias bomb": (
+        "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]\n" for i in range(1, 12)),
+        "has aliases",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("command", ["batch", "estimate"])
+def test_a_wrong_configuration_is_one_line(command, text, said, tmp_path, monkeypatch, capsys):
+    """Before anything runs or is made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    before = time.monotonic()
+    assert cli.main([command, "config.yaml", "--runs", "runs"]) == 2
+    out, line = capsys.readouterr()
+    assert (out, line.count("\n")) == ("", 1) and said in line and time.monotonic() - before < 5
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("option", ["--runs", "--figures"])
+@pytest.mark.parametrize("place", ["file/below", "/proc/below", "{braces}"])
+def test_a_folder_that_cannot_be_written_is_one_line(option, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    folders = {"--runs": "runs", "--figures": "figures"} | {option: place}
+    assert cli.main(["batch", str(configuration(tmp_path)), *(word for pair in folders.items() for word in pair)]) == 2
+    _, line = capsys.readouterr()
+    assert line.count("\n") == 1 and line.rstrip().endswith(f"choose another folder as {option}")
+
+
+def test_temporaries_of_killed_processes_are_removed(tmp_path):
+    """What is being written stays; so do the user's own hidden files."""
+    left, own = tmp_path / "a" / ".table1-0123abcd.csv", tmp_path / ".mine-01.csv"
+    left.parent.mkdir()
+    for file in (left, own):
+        file.touch()
+    with store.replacing(tmp_path / "a" / "table1.csv") as writing:
+        store.clean(tmp_path)
+        assert writing.exists() and own.exists() and not left.exists()
+
+
+def test_a_lock_is_of_all_that_inherit_it(tmp_path):
+    """It outlives the process that took it, until the last child that inherited it ends."""
+    file = store.lock(tmp_path / "lock")
+    with subprocess.Popen(["sleep", "60"], pass_fds=[file.fileno()]) as child:
+        file.close()
+        with pytest.raises(BlockingIOError):
+            store.lock(tmp_path / "lock", shared=True)
+        child.kill()
+    first, second = (store.lock(tmp_path / "lock", shared=True) for _ in range(2))
+    with first, second, pytest.raises(BlockingIOError):
+        store.lock(tmp_path / "lock", seconds=0.2)
+
+
+def test_states_of_finished_trainings_are_removed(tmp_path):
+    """Those with a result after them; one that was interrupted stays."""
+    for seed, names in enumerate((["training", "results-train"], ["training"], ["results-train", "training"])):
+        folder = tmp_path / "runs" / "digits" / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        for i, name in enumerate(names):
+            file = folder / f"{name}.{'safetensors' if name == 'training' else 'json'}"
+            file.touch()
+            os.utime(file, (i, i))
+    workflow._forget(tmp_path / "runs", tmp_path / "figures", ["digits"])
+    left = {file.parent.name for file in tmp_path.glob("runs/digits/*/training.safetensors")}
+    assert left == {"seed-1", "seed-2"}
 
 
 @pytest.mark.batch
@@ -175,7 +269,7 @@ def test_tables_are_compared_with_those_before(tmp_path):
 @pytest.mark.batch
 def test_kill_and_resume(tmp_path):
     """kill -9 in the middle of training: finished steps are kept, training continues, the tables are the same."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole, cut = tmp_path / "My Documents", tmp_path / "2024_11"
     for folder in (whole, cut):
         folder.mkdir()
     only = [str(whole / "figures" / "mnist-mini" / f"table{i}.csv") for i in (1, 2)]
@@ -219,6 +313,24 @@ def test_kill_and_resume(tmp_path):
     assert "resuming after epoch" in json.dumps(executed)
     pages = list((cut / "runs").glob("**/notebooks/*.html"))
     assert len(pages) == 11
+
+
+@pytest.mark.batch
+def test_names_with_spaces_and_other_letters(tmp_path):
+    """Of the repository, the runs and the data set; in a locale that knows ASCII alone."""
+    root = tmp_path / "My Späße $(touch PWNED)"
+    for part in ("kmex_utils", "notebooks", "benchmarks"):
+        shutil.copytree(paths.ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(paths.ROOT / "Snakefile", root)
+    config = configuration(root, {"folder": "nothing here"}, "my digits")
+    environment = {**os.environ, "PYTHONPATH": str(root), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "kmex_utils", "batch", config, "--runs", "2024_11", "--cores", "1"]
+    target = "2024_11/my digits/seed-0/training.json"
+    done = subprocess.run([*command, target], cwd=root, env=environment, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    notebook = root / "2024_11" / "my digits" / "seed-0" / "notebooks" / "01_train.ipynb"
+    assert done.returncode == 1 and re.search(r"/my digits/.*, cell \[\d+\]: ValueError: .*nothing here", last), last
+    assert notebook.is_file() and not list(tmp_path.rglob("PWNED"))
 
 
 @pytest.mark.batch

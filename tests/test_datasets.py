@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import re
+import resource
+import shutil
 import struct
 import tarfile
 from dataclasses import replace
@@ -19,6 +21,7 @@ from torchvision.transforms import v2
 
 from kmex_utils import paths
 from kmex_utils.data import Input, count, held_out, load, own_input, reading, reopen, sources
+from kmex_utils.explanation.activations import keep
 from kmex_utils.store import load_json, save_json
 
 
@@ -135,6 +138,64 @@ def test_cub200_from_the_archive(cub, tmp_path_factory, monkeypatch):
         load("cub200", data=data)
     monkeypatch.setattr(sources, "CUB_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
     assert len(load("cub200", of_size(16, "cub200"), data=data).train) == 9
+
+
+def test_a_killed_extraction_is_done_again(cub, tmp_path_factory, monkeypatch):
+    """By this package, which left what it had beside, or by another program, which left a part in place."""
+    data = tmp_path_factory.mktemp("data")
+    archive, root = data / "CUB_200_2011.tgz", data / "CUB_200_2011"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(cub / "CUB_200_2011", "CUB_200_2011")
+    monkeypatch.setattr(sources, "CUB_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    for part in (data / ".CUB_200_2011" / "CUB_200_2011", root):
+        part.mkdir(parents=True)
+        shutil.copy(cub / "CUB_200_2011" / "images.txt", part)
+    assert len(load("cub200", of_size(16, "cub200"), data=data).train) == 9
+    assert not (data / ".CUB_200_2011").exists()
+    extract = tarfile.TarFile.extractall
+
+    def killed(tar, *where, **how):
+        extract(tar, *where, **how)
+        raise KeyboardInterrupt
+
+    shutil.rmtree(root)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(tarfile.TarFile, "extractall", killed)
+        load("cub200", data=data)
+    assert not root.exists(), "nothing stands under its name before it is whole"
+
+
+def test_a_killed_extraction_of_mnist_is_named(mnist, no_network):
+    """torchvision would take the part for the whole; without the archives it is fetched again."""
+    root, _ = mnist
+    file = root / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ConnectionError, match="put the four MNIST .gz files into"):
+        load("mnist", data=root)
+
+
+@pytest.fixture
+def full_disk():
+    """Files end at 100 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line(folder, tmp_path, full_disk, monkeypatch, network, digits):
+    """Not a bus error: decoded images kept, in a temporary file, and activations; no file is left."""
+    said = "do not fit into .*: free some space"
+    with pytest.raises(OSError, match=said):
+        load(folder, of_size(224), data=tmp_path / "data")
+    monkeypatch.setattr(reading, "IN_MEMORY", 0)
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(OSError, match=said):
+        load(folder, of_size(224), data=None, scratch=tmp_path / "scratch")
+    with pytest.raises(OSError, match=said):
+        keep(network, digits, "train", 1, "disk", folder=tmp_path / "kept")
+    left = [path for name in ("data", "scratch", "kept") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert left == []
 
 
 def test_an_archive_that_leaves_its_folder_is_refused(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ ROOMS = {  # what each may import beside itself
     "__init__": {"networks", "explanation"},
     "__main__": {"cli"},
 }
-EXTRAS = {"anywidget", "captum", "faiss", "filelock", "ipywidgets", "papermill", "psutil", "scipy", "seaborn"}
+EXTRAS = {"anywidget", "captum", "faiss", "ipywidgets", "papermill", "psutil", "scipy", "seaborn"}
 EXTRAS |= {"skimage", "sklearn", "snakemake", "tabulate", "timm", "umap", "yaml"}
 WHEN_USED = {"jinja2", "matplotlib", "pandas", "pyarrow"}
 

@@ -12,6 +12,7 @@ from kmex_utils.data import Input, load, own_input
 from kmex_utils.hardware import pick_device, training_dtype
 from kmex_utils.method.products import double_device
 from kmex_utils.networks import Network, for_training
+from kmex_utils.training import loop
 from kmex_utils.training.batches import augment, training_batches
 from kmex_utils.training.recipe import RECIPES, recipe
 from kmex_utils.training.sgd import Schedule, train
@@ -135,6 +136,19 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(digits, whole, tmp_path):
     with pytest.raises(Killed):
         fit(digits, tmp_path / checkpoint.name, made_by={"arch": "other"}, log=log)
     assert "starting anew" in lines[0] and "epoch 1/3" in lines[1]
+
+
+def test_a_finished_training_is_not_repeated(digits, whole, tmp_path, monkeypatch):
+    """Its state, left by a kill after the last step, is all there is to do; unless other code made it."""
+    trained, history, checkpoint = whole
+    shutil.copy(checkpoint, tmp_path)
+    lines = []
+    again, same_history = fit(digits, tmp_path / checkpoint.name, log=lines.append)
+    assert lines == ["resuming after epoch 3"] and same_history == history
+    assert same(trained, again)
+    monkeypatch.setattr(loop, "_code", lambda: "other")
+    fit(digits, tmp_path / checkpoint.name, log=lines.append)
+    assert "of a finished training by other code: starting anew" in lines[1] and len(lines) == 5
 
 
 def test_bfloat16_trains_close_to_float32(digits, whole, tmp_path):

@@ -155,7 +155,7 @@ def _image_folder(dataset: Dataset) -> Path:
 def _cub_lines(root: Path, name: str) -> list[str]:
     if not (file := root / f"{name}.txt").is_file():
         raise FileNotFoundError(f"{file} does not exist: unpack the whole of CUB_200_2011.tgz")
-    return file.read_text().splitlines()
+    return file.read_text(encoding="utf-8").splitlines()
 
 
 @lru_cache(4)

@@ -6,6 +6,7 @@ in batches, on the device.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from .. import paths
-from ..store import replacing
+from ..store import clean, replacing, reserve
 from . import sources
 from .input import IMAGENET_MEAN, IMAGENET_STD, Input
 from .reading import Reading, read_many, readable
@@ -296,6 +297,12 @@ def _decoded(
         key.update(os.fsencode(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n"))
     path = cache.with_name(f"{cache.name}-{'x'.join(map(str, dict.fromkeys(input.size)))}-{key.hexdigest()[:12]}.npy")
     if not path.exists():
+        clean(path.parent)
         with replacing(path) as temporary:
-            decode(np.lib.format.open_memmap(temporary, "w+", np.uint8, shape))
+            with temporary.open("r+b") as file:  # as open_memmap does, which reserves nothing
+                head = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, head)
+                reserve(file, file.tell() + math.prod(shape), path.parent)
+                pixels = np.memmap(file, np.uint8, "r+", file.tell(), shape)
+            decode(pixels)
     return np.load(path, mmap_mode="r"), index

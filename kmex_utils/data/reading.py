@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from ..store import room
 from .input import Input, name_of
 
 NAMED = 10  # so many unreadable images are named; the others are counted
@@ -74,11 +75,10 @@ class Reading:
             return np.empty(shape, np.uint8)
         folder = Path(self.scratch or tempfile.gettempdir()).expanduser()
         free = shutil.disk_usage(folder).free
-        if needed > free:  # writing to a memory map would kill the process
+        if needed > free:
             sizes = f"{shape[0]:,} images take {needed / 2**30:.1f} GiB and {folder} has {free / 2**30:.1f} free"
             raise ValueError(f"{sizes}: give scratch=, a folder with room")
-        with tempfile.TemporaryFile(dir=folder) as file:
-            return np.memmap(file, np.uint8, "w+", shape=shape)
+        return room(folder, np.uint8, shape)
 
     def lines(self) -> Iterator[str]:
         """One line for each unreadable image, their count, and one for all conversions."""

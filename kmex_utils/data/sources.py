@@ -5,6 +5,7 @@ import glob
 import hashlib
 import io
 import operator
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate, default_convert
 
 from .. import paths
+from ..store import lock, replacing
 from . import folders
 from .input import Input, read_off
 from .reading import UNREADABLE, Reading, outside, readable, taken
@@ -111,7 +113,11 @@ def _mnist_mini(data: Path) -> Listing:
 def _mnist(data: Path) -> Listing:
     from torchvision.datasets import MNIST
 
-    with _downloading("the four MNIST .gz files", data / "MNIST" / "raw"):
+    raw = data / "MNIST" / "raw"
+    for file in raw.glob("*-ubyte"):  # torchvision takes one that a kill left as it is
+        if not _whole(file):
+            file.unlink()
+    with _downloading("the four MNIST .gz files", raw):
         splits = [MNIST(data, train=train, download=True) for train in (True, False)]
     pixels = [split.data.numpy()[:, None] for split in splits]
     return _in_memory("0123456789", pixels, [split.targets.numpy() for split in splits])
@@ -122,23 +128,32 @@ def _stl10(data: Path) -> Listing:
 
     with _downloading("stl10_binary.tar.gz", data):
         splits = [STL10(data, split=split, download=True) for split in ("train", "test")]
-    classes = (data / "stl10_binary" / "class_names.txt").read_text().split()
+    classes = (data / "stl10_binary" / "class_names.txt").read_text(encoding="utf-8").split()
     return _in_memory(classes, [split.data for split in splits], [split.labels for split in splits])
 
 
-def _cub200(data: Path, crop: bool) -> Listing:
-    root = data / "CUB_200_2011"
-    if not (root / "images.txt").exists():
-        archive = data / "CUB_200_2011.tgz"
-        if not archive.exists():
-            from torchvision.datasets.utils import download_url
+def _whole(idx: Path) -> bool:
+    """Whether a file in MNIST's format is as long as its head says."""
+    content = idx.read_bytes()
+    head = np.frombuffer(content, ">i4", min(len(content) // 4, 1 + content[3] if len(content) > 3 else 0))
+    return len(head) > 1 and len(content) == head.nbytes + int(np.prod(head[1:]))
 
-            with _downloading(archive.name, data):
-                download_url(CUB_URL, str(data), archive.name, CUB_MD5)
-        extract_cub(archive, data)
+
+def _cub200(data: Path, crop: bool) -> Listing:
+    root, archive = data / "CUB_200_2011", data / "CUB_200_2011.tgz"
+    if not _extracted(root):
+        data.mkdir(parents=True, exist_ok=True)
+        with lock(data / ".CUB_200_2011.lock", seconds=86_400):  # of two processes one waits for the other
+            if not archive.exists() and not _extracted(root):
+                from torchvision.datasets.utils import download_url
+
+                with _downloading(archive.name, data), replacing(archive) as temporary:
+                    download_url(CUB_URL, str(data), temporary.name, CUB_MD5)
+            if not _extracted(root):
+                extract_cub(archive, data)
 
     def table(name: str) -> dict[str, str]:
-        return dict(line.split(maxsplit=1) for line in (root / f"{name}.txt").read_text().splitlines())
+        return dict(line.split(maxsplit=1) for line in (root / f"{name}.txt").read_text(encoding="utf-8").splitlines())
 
     images, class_of, is_train = table("images"), table("image_class_labels"), table("train_test_split")
     names, boxes = table("classes"), table("bounding_boxes") if crop else {}
@@ -151,14 +166,31 @@ def _cub200(data: Path, crop: bool) -> Listing:
     return Listing(classes, labels, list(images.values()), is_test, files, cut)
 
 
+def _extracted(root: Path) -> bool:
+    """Whether all images of CUB-200's list are there: other programs leave a part when they are killed."""
+    listed = root / "images.txt"
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
+    return bool(lines) and all((root / "images" / line.split(maxsplit=1)[-1]).is_file() for line in lines)
+
+
 def extract_cub(archive: Path, data: Path) -> None:
-    """Check the official archive's MD5 and unpack it; links and names that leave the folder are refused."""
+    """Check the official archive's MD5 and unpack it; links and names that leave the folder are refused.
+
+    It is unpacked beside, and renamed when it is whole.
+    """
     with open(archive, "rb") as file:
         if hashlib.file_digest(file, "md5").hexdigest() != CUB_MD5:
             official = f"the official CUB-200-2011 archive (MD5 {CUB_MD5})"
             raise ValueError(f"{archive} is not {official}; delete it and run again")
-    with tarfile.open(archive) as tar:
-        tar.extractall(data, filter="data")
+    root, beside = data / "CUB_200_2011", data / ".CUB_200_2011"
+    shutil.rmtree(beside, ignore_errors=True)  # what a killed one left
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(beside, filter="data")
+        shutil.rmtree(root, ignore_errors=True)
+        (beside / root.name).rename(root)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ..method.composite import Normalisation
 from ..method.explainers import avg_pool
 from ..method.operator import CompositeRows
 from ..networks import Network
+from ..store import room
 
 STORES = ("memory", "disk", "disk-half", "nowhere")
 
@@ -93,9 +94,9 @@ def keep(
 ) -> Activations:
     """Pass a split through the network once and keep x(first) … x(B).
 
-    ``store``: ``memory``; ``disk`` (float32, memory-mapped files in ``folder``); ``disk-half`` (float16, each image and
-    block scaled by a power of two, so that nothing overflows and little underflows); ``nowhere`` (computed anew
-    whenever it is read).
+    ``store``: ``memory``; ``disk`` (float32, memory-mapped files without a name in ``folder``); ``disk-half`` (float16,
+    each image and block scaled by a power of two, so that nothing overflows and little underflows); ``nowhere``
+    (computed anew whenever it is read).
     """
     if store not in STORES:
         raise ValueError(f"store must be one of {', '.join(STORES)}, got {store!r}")
@@ -111,8 +112,11 @@ def keep(
         stop = start + len(scores)
         for i, x in enumerate(outputs[first - 1 :] if store != "nowhere" else ()):
             if start == 0:
-                path = folder / f"{split}-B{first + i}.npy" if folder and store != "memory" else None
-                kept.append(_room((images, *x.shape[1:]), path, np.float16 if half else np.float32))
+                shape = images, *x.shape[1:]
+                if folder and store != "memory":
+                    kept.append(torch.from_numpy(room(folder, np.float16 if half else np.float32, shape)))
+                else:
+                    kept.append(torch.empty(shape, memory_format=torch.channels_last))
                 scales.append(torch.ones(images))
             if half:  # the largest value to 2^14: a factor four below float16's end
                 largest = x.abs().amax((1, 2, 3)).clamp_min(1e-30)
@@ -139,11 +143,3 @@ def keep(
 
     of_all = torch.cat(y) if y else torch.empty(0, len(network.classes))
     return Activations(of_all, first, store == "memory", compute if store == "nowhere" else read)
-
-
-def _room(shape: tuple[int, ...], path: Path | None, dtype: type) -> torch.Tensor:
-    """An empty tensor in memory, or in a file."""
-    if path is None:
-        return torch.empty(shape, memory_format=torch.channels_last)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return torch.from_numpy(np.lib.format.open_memmap(path, "w+", dtype, shape))

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..data.folders import listed
 from ..data.reading import Reading, read_many, readable
 from ..hardware import pick_device
-from ..store import load_json, replacing, save_json
+from ..store import clean, load_json, replacing, save_json
 
 try:
     import pyarrow as pa
@@ -99,6 +99,7 @@ def export(
     settings = folder / "settings.json"
     if settings.exists() and load_json(settings) != json.loads(json.dumps(made_by)):
         raise ValueError(f"{folder} holds an export of other images or settings: choose another folder")
+    clean(folder)
     save_json(settings, made_by)
     schemas, parts = _schemas(explained), folder / "parts"
     if not all((folder / f"{table}.parquet").exists() for table in schemas):

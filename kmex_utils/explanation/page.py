@@ -119,13 +119,13 @@ def _page(
         "prototypes": {b: {k: of[k] for k in _used(entries, b)} for b, of in prototypes.items()},
     }
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string((HERE / "page.html").read_text()).render(
+    page = environment.from_string((HERE / "page.html").read_text(encoding="utf-8")).render(
         title=title,
         shown=len(entries),
         asked=asked,
         predictions_as_labels=explained.predictions_as_labels,
-        css=(HERE / "explorer.css").read_text(),
-        js=(HERE / "explorer.js").read_text(),
+        css=(HERE / "explorer.css").read_text(encoding="utf-8"),
+        js=(HERE / "explorer.js").read_text(encoding="utf-8"),
         data=json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),  # ends no script
     )
     return page.encode()

@@ -105,7 +105,7 @@ def _page(
     images = [explained.sharing(last, labels.index(c))[1] for c in range(len(explained.classes))]
     held_out = len(explained.dataset.test) if explained.dataset else 0
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title or f"{explained.network.name} on {explained.settings['dataset']}",
         explained=explained,
         network=explained.network,

@@ -1,91 +1,204 @@
 """Run every notebook over data sets and seeds: ``kmex batch config/quick.yaml``.
 
-Snakemake does the work (``Snakefile``); this adds what a long run needs around it: only one run at a time in a folder
-of results (the lock goes with the process, however it ends), no clean-up after a kill, a last line that names the
-notebook and the cell that failed, and in the end the tables beside those committed.
+Snakemake does the work (``Snakefile``); this adds what a long run needs around it: a configuration that is checked
+before anything runs, only one run at a time in a folder of results, no clean-up after a kill, a last line that names
+the notebook and the cell that failed, and in the end the tables beside those committed.
 """
 
 import ast
 import io
 import json
-import logging
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from difflib import get_close_matches
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from .. import paths
-from .published import with_spread
+from .. import parameters, paths, store
+from .process import LOCK, interruptible
 
 MEASURES = {"accuracy": "accuracy", "cos_class": "cosine to class", "cos_out": "cosine to others"}
 ELSEWHERE = "Another chip moves ProtoPNet alone, by up to 0.3 points and cosines by 0.01, and the bytes of Figure 2."
+ENDING = 10.0  # seconds that processes of a killed run may take to end
+NESTED = 10  # levels of a configuration
+KEYS = {"datasets", "seeds", "threads", "report", "studies"}  # of a configuration
+TAKES = {  # parameters a data set's entry in the configuration may set, beside those the rules give
+    "01_train": ["folder", "classes", "crop", "images_per_class", "validation", "held_out", "image_size", "flip",
+                 "padding", "arch", "arch_args", "weights", "bias", "epochs", "batch_size", "learning_rate", "momentum",
+                 "precision", "device", "data"],
+    "02_cnn_as_sem": ["device"],
+    "03_kmex": ["restarts"],
+    "04_encoder": ["start_blocks", "prototypes_per_class", "norm", "scale", "align_corners", "grid", "restarts",
+                   "store", "device"],
+    "05_protopnet": ["features_from", "prototypes_per_class", "prototype_depth", "prototype_size", "warm_epochs",
+                     "joint_epochs", "push_start", "push_every", "last_passes", "batch_size", "features_rate",
+                     "add_on_rate", "prototypes_rate", "last_rate", "weight_decay", "rate_step", "rate_factor",
+                     "cross_entropy", "cluster", "separation", "l1", "epsilon", "wrong_class", "frozen_features",
+                     "affine", "embedding", "restarts", "precision", "device"],
+    "06_alignment": [],
+    "07_accuracy": [],
+    "08_umap": ["group"],
+    "09_interpretation": ["image", "target", "attribution_start", "closer", "device"],
+    "10_subset": ["fractions", "draws", "restarts", "device"],
+    "13_open_choices": ["fit_on", "others", "device"],
+    "14_depth": ["fit_on", "device"],
+    "16_fidelity": ["annotations", "fit_on", "device"],
+    "17_faithfulness": ["annotations", "images", "steps", "rise_masks", "device"],
+    "18_concepts": ["annotations", "device"],
+    "19_certainty": ["device"],
+}  # fmt: skip
 
 
 def configuration(path: Path) -> dict[str, Any]:
-    """A batch's data sets, each with the parameters of its notebooks, and seeds; read from YAML.
+    """A batch's data sets, each with the parameters of its notebooks, seeds and threads; read from YAML.
 
     Raises
     ------
     ValueError
-        It is not that.
+        One line: it is not that, a name is no name, or a parameter is unknown or of another type.
     """
     import yaml
 
     try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > NESTED:
+                raise ValueError(f"{path} has aliases (*name) or more than {NESTED} levels: write the values out")
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     config = config if isinstance(config, dict) else {}
-    if not isinstance(config.get("datasets"), dict) or not isinstance(config.get("seeds"), list):
-        raise ValueError("the configuration needs `datasets`, each a name with its parameters, and a list of `seeds`")
+    if not isinstance(config.get("datasets"), dict) or not config["datasets"]:
+        raise ValueError("the configuration needs `datasets`, each a name with its parameters, at least one")
+    if unknown := set(config) - KEYS:
+        raise ValueError(f"unknown in the configuration: {_unknown(unknown, KEYS)}")
+    _seeds(config.get("seeds"), "the configuration needs")
+    if type(config.get("threads")) is not int or config["threads"] < 1:
+        raise ValueError("the configuration needs `threads`, the CPU threads of one notebook, as `threads: 1`")
+    paths.folder_name(config.get("report", "report"), "report")
+    parameters.typed("studies", "list[str]", config.get("studies", []))
+    takes = {name: parameters.declared((paths.ROOT / "notebooks" / f"{name}.py").read_text("utf-8")) for name in TAKES}
+    for name, chosen in config["datasets"].items():
+        paths.folder_name(name)
+        if not isinstance(chosen or {}, dict):
+            raise ValueError(f"what is given for {name} must be parameters and their values, got {chosen!r}")
+        known = {parameter for names in TAKES.values() for parameter in names}
+        for parameter, value in (chosen or {}).items():
+            if parameter == "seeds":
+                _seeds(value, f"{name} needs")
+            elif parameter not in known:
+                raise ValueError(f"no notebook takes {_unknown([parameter], known)} (given for {name})")
+            for notebook in (notebook for notebook in TAKES if parameter in TAKES[notebook]):
+                try:
+                    parameters.typed(parameter, takes[notebook][parameter], value)
+                except ValueError as error:
+                    raise ValueError(f"{str(error).partition(';')[0]} (given for {name})") from None
     return config
+
+
+def _seeds(seeds: Any, who: str) -> None:
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ValueError(f"{who} `seeds`, a list of at least one whole number, as `seeds: [0, 1]`")
+
+
+def _unknown(names: Collection[Any], known: Collection[str]) -> str:
+    """Names, and what they may have meant."""
+    close = [match for name in names for match in get_close_matches(str(name), known, n=1)]
+    return ", ".join(map(str, names)) + (f"; did you mean {', '.join(close)}?" if close else "")
 
 
 def run(config: Path, runs: Path, figures: Path, options: list[str]) -> int:
     """Run the Snakefile, alone in ``runs``; continues what a killed run left. ``options`` are Snakemake's."""
-    from filelock import FileLock, Timeout
-    from snakemake.cli import main as snakemake
-
     datasets = configuration(config)["datasets"]
+    for folder, option in ((runs, "--runs"), (figures, "--figures")):
+        _writable(folder, option)
     tables = {name: [figures / name / f"table{i}.csv" for i in (1, 2)] for name in datasets}
     before = {path: path.read_bytes() for pair in tables.values() for path in pair if path.is_file()}
-    runs.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(runs / ".lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
+        lock = store.lock(runs / LOCK, seconds=ENDING)
+        for folder in (runs, figures):
+            store.clean(folder)
+        store.relock(lock, shared=True)  # by all that write, until the last of them has ended
+    except BlockingIOError:
         print(f"another run is at work in {runs}: wait for it to end, or stop it first", file=sys.stderr)
         return 2
+    start = time.time()
     dry = any(option.startswith(("-n", "--dry")) for option in options)
+    # names as they are, which Snakemake's --config takes for numbers; a line per epoch in a log, not one per step
+    environment = {"KMEX_RUNS": _short(runs), "KMEX_FIGURES": _short(figures), "TQDM_DISABLE": "1", "PYTHONUTF8": "1"}
+    with lock:
+        process = subprocess.Popen(
+            command(config, options),
+            stdin=subprocess.PIPE,  # see process
+            process_group=0,
+            pass_fds=[lock.fileno()],
+            cwd=paths.ROOT,
+            env={**os.environ, **environment},
+        )
+        try:
+            status = interruptible(process.wait)
+        except SystemExit as end:
+            signal_name = signal.Signals(int(end.code or 0) - 128).name
+            print(f"stopped ({signal_name}): what is finished is kept, the same command goes on", file=sys.stderr)
+            return int(end.code or 0)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if not status and not dry:
+        _forget(runs, figures, datasets)
+    for line in failures(runs, start) if status else () if dry else outcome(runs, tables, before):
+        print(line, file=sys.stderr if status else sys.stdout)
+    return status
+
+
+def _writable(folder: Path, option: str) -> None:
+    """Refuse a folder that cannot be written to, before anything is computed."""
+    if re.search(r"[{}\x00-\x1f\x7f]", str(folder)):
+        raise ValueError(f"{str(folder)!r} has braces or control characters: choose another folder as {option}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}): choose another folder as {option}") from None
+
+
+def command(config: Path, options: list[str]) -> list[str]:
+    """The command that starts Snakemake; ``options`` of its own go first."""
     if not any(option.startswith(("--cores", "-c", "-j", "--jobs")) for option in options):
         options = [*options, "--cores", "all"]
     if shutil.which("nvidia-smi") and not any(option.startswith(("--resources", "--res")) for option in options):
         options = [*options, "--resources", "gpu=1"]  # notebooks share one GPU in turn, not its memory
-    os.environ["TQDM_DISABLE"] = "1"  # one line per epoch in a log, not one per step
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     always = ["--snakefile", str(paths.ROOT / "Snakefile"), "--configfile", str(config)]
-    always += ["--config", f"runs={_short(runs)}", f"figures={_short(figures)}", "--directory", str(paths.ROOT)]
-    always += ["--nolock", "--rerun-incomplete", "--quiet", "host"]
-    if not dry:  # the Snakefile's rules say when a notebook starts and ends
-        always += ["rules", "progress"]
-        logging.disable(logging.INFO)
-    with lock:
-        try:
-            snakemake([*options, *always])
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        finally:
-            logging.disable(logging.NOTSET)
-    for line in failures(runs) if status else () if dry else outcome(runs, tables, before):
-        print(line, file=sys.stderr if status else sys.stdout)
-    return status
+    always += ["--directory", str(paths.ROOT), "--nolock", "--rerun-incomplete", "--quiet", "host"]
+    if not any(option.startswith(("-n", "--dry")) for option in options):
+        always += ["rules", "progress"]  # each notebook says when it starts and ends
+    return [sys.executable, "-m", "kmex_utils.paper.process", "workflow", *options, *always]
+
+
+def _forget(runs: Path, figures: Path, datasets: Collection[str]) -> None:
+    """Remove the states of trainings whose results Snakemake knows to be finished."""
+    for name in datasets:
+        for state in (runs / name).glob("seed-*/training*.safetensors"):
+            stage = state.stem.removeprefix("training").removeprefix("-") or "train"
+            result = state.with_name(f"results-{stage}.json")
+            if stage == "closer":
+                result = figures / name / "figure1-closer.png"
+            if result.is_file() and result.stat().st_mtime_ns >= state.stat().st_mtime_ns:
+                state.unlink()
 
 
 def _short(path: Path) -> str:
@@ -103,7 +216,7 @@ def sources(file: Path, without: Collection[str] = ()) -> set[Path]:
     while left:
         seen.add(file := left.pop())
         package = ".".join(file.parent.relative_to(paths.ROOT).parts)
-        for node in ast.parse(file.read_text()).body:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if not isinstance(node, ast.Import | ast.ImportFrom):
                 continue
             base = ""
@@ -119,19 +232,24 @@ def sources(file: Path, without: Collection[str] = ()) -> set[Path]:
     return seen
 
 
-def failures(runs: Path) -> Iterator[str]:
-    """One line for each executed notebook that ended in an error: the notebook, the cell and the message."""
+def failures(runs: Path, since: float = 0.0) -> Iterator[str]:
+    """One line for each notebook executed ``since`` (seconds of the epoch) that did not end well: the cell and why."""
     for notebook in sorted(runs.glob("**/notebooks/*.ipynb")):
-        try:
-            cells = json.loads(notebook.read_text())["cells"]
-        except (OSError, json.JSONDecodeError, KeyError):
-            yield f"FAILED {notebook}: it was not written whole"
+        if notebook.stat().st_mtime < since:
             continue
-        for cell in cells:
-            for output in cell.get("outputs", []):
-                if output["output_type"] == "error":
-                    count = cell["execution_count"]
-                    yield f"FAILED {notebook}, cell [{count}]: {output['ename']}: {output['evalue']}"
+        try:
+            content = json.loads(notebook.read_text(encoding="utf-8"))
+            cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+        except (OSError, ValueError, KeyError):
+            yield f"FAILED {notebook}: it was not written whole; is the disk full?"
+            continue
+        errors = [(cell, output) for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+        for cell, output in errors:
+            yield f"FAILED {notebook}, cell [{cell['execution_count']}]: {output['ename']}: {output['evalue']}"
+        states = [cell["metadata"].get("papermill", {}).get("status") for cell in cells]
+        if not errors and {"pending", "running"} & set(states):
+            ran = len(states) - states.count("pending")
+            yield f"FAILED {notebook}, cell [{ran}]: it was ended from outside: run again"
 
 
 def outcome(runs: Path, tables: Mapping[str, list[Path]], before: Mapping[Path, bytes]) -> Iterator[str]:
@@ -147,6 +265,8 @@ def outcome(runs: Path, tables: Mapping[str, list[Path]], before: Mapping[Path, 
 
 def _compact(file: Path) -> pd.DataFrame:
     """The main rows of a table: model by measure, mean ± standard deviation over seeds (the paper's)."""
+    from .published import with_spread  # brings torch, which takes seconds
+
     table = pd.read_csv(file)
     table = table[table.metric.isin(MEASURES)]
     digits = 1 if "accuracy" in set(table.metric) else 2

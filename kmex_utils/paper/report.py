@@ -149,7 +149,7 @@ def page(
     views = (_by_setting, _relations, _beside_paper, _prices, _effects, _costs)
     environment.filters |= {"markdown": as_markdown, **{view.__name__.lstrip("_"): view for view in views}}
     environment.globals |= {"summary": summary, "exists": lambda picture: (figures / picture).exists()}
-    text = environment.from_string(TEMPLATE.read_text()).render(
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         **parts, datasets=datasets, config=config.strip(), name=name
     )
     text = text.rstrip() + "\n"

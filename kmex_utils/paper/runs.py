@@ -31,9 +31,7 @@ class Run:
     @classmethod
     def of(cls, runs: str | Path, dataset: str, seed: int) -> "Run":
         """A run by names; relative ``runs`` start at the repository's root."""
-        if not dataset or "/" in dataset or dataset.startswith("."):
-            raise ValueError(f"dataset {dataset!r} cannot name a folder: use letters, digits, - and _")
-        return cls(paths.resolve(runs), dataset, seed)
+        return cls(paths.resolve(runs), paths.folder_name(dataset), seed)
 
     @classmethod
     def at(cls, folder: Path) -> "Run":

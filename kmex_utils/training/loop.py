@@ -1,11 +1,13 @@
 """The one loop of every training: step by step, with a record of each, resumable from a checkpoint file."""
 
+import hashlib
 import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ class Training:
     """What is trained (``network``, in place) on which images, by which numbers, and the file that keeps it.
 
     A training that was killed continues from its ``checkpoint`` (weights and the optimizers' state) to the same weights
-    as an uninterrupted one, bit for bit: what a step draws, it draws from the seed and its number. A checkpoint of
-    other settings is not resumed: of ``options`` (a dataclass with a ``batch_size``), augmentation (``flip`` and
+    as an uninterrupted one, bit for bit: what a step draws, it draws from the seed and its number. One that had
+    finished is not repeated, unless the package's code has changed. A checkpoint of other settings is not resumed: of
+    ``options`` (a dataclass with a ``batch_size``), augmentation (``flip`` and
     ``padding``, see :class:`~kmex_utils.training.recipe.Recipe`), or ``made_by``, everything else that fixes the run
     (data, architecture …), as JSON. ``precision`` is ``auto``, ``float32`` or ``bfloat16`` (autocast). The state is
     written after a step when ``save_after`` seconds have passed since it last was, and after the last step.
@@ -97,7 +100,7 @@ class Training:
 
         ``titles`` name the steps whose numbers are logged (empty: they are not); ``unit`` is what a step is.
         """
-        history = self._resume(optimizers, unit)
+        history = self._resume(optimizers, unit, len(titles))
         saved = time.perf_counter()
         for i in range(len(history), len(titles)):
             start = time.perf_counter()
@@ -127,14 +130,18 @@ class Training:
             for parameter, entries in optimizer.state.items():
                 kept = {key: value for key, value in entries.items() if value is not None}
                 tensors |= {f"{kind}|{names[parameter]}|{key}": value for key, value in kept.items()}
-        save_tensors(self.checkpoint, tensors, {"identity": self._identity(), "history": history})
+        settings = {"identity": self._identity(), "history": history, "code": _code()}
+        save_tensors(self.checkpoint, tensors, settings)
 
-    def _resume(self, optimizers: Optimizers, unit: str) -> list[Record]:
+    def _resume(self, optimizers: Optimizers, unit: str, steps: int) -> list[Record]:
         if not self.checkpoint.exists():
             return []
         tensors, settings = load_tensors(self.checkpoint)
         if settings["identity"] != json.loads(json.dumps(self._identity())):
             self.log(f"{self.checkpoint.name} is of other settings: starting anew")
+            return []
+        if len(settings["history"]) >= steps and settings.get("code") != _code():
+            self.log(f"{self.checkpoint.name} is of a finished training by other code: starting anew")
             return []
         parameters = dict(self.network.named_parameters())
         model = {}
@@ -149,3 +156,11 @@ class Training:
         self.network.load_state_dict(model)
         self.log(f"resuming after {unit} {len(settings['history'])}")
         return list(settings["history"])
+
+
+@cache
+def _code() -> str:
+    """A hash of what computes: this package and the library."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    content = b"".join(file.read_bytes() for file in files)
+    return hashlib.sha256(content + torch.__version__.encode()).hexdigest()[:16]

@@ -1,0 +1,139 @@
+"""The processes of a batch: the command, Snakemake, for each notebook what runs it, and its kernel.
+
+All hold the lock of the folder they write to, and none outlives the command. Its children read, as their standard
+input, a pipe that the command alone can write to: its end is the command's, however that came.
+"""
+
+import json
+import logging
+import os
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from types import FrameType
+from typing import Any
+
+from ..store import lock
+
+LOCK = ".lock"  # in the folder of results
+START = 300  # seconds for a kernel to answer: beside many others one once took more than papermill's 60
+CAUSES = {  # of a kernel's end by a signal, and what to do
+    "SIGKILL": "most likely because memory ran out: run fewer notebooks at a time (--cores), or smaller ones",
+    "SIGBUS": "most likely because a disk filled up under a memory map: free some space",
+    "SIGSEGV": "a library crashed: run again",
+}
+
+
+def end_with_the_command() -> None:
+    """End this process, or the group it leads, when the command that runs the batch ends."""
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        Thread(target=_end_at, args=(0,), daemon=True).start()
+
+
+def _end_at(pipe: int) -> None:
+    while os.read(pipe, 1):
+        pass
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interruptible(work: Callable[[], int]) -> int:
+    """What ``work`` returns; SIGINT, SIGTERM and SIGHUP raise SystemExit in it, with status 128 + the signal."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        return work()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def workflow(options: list[str]) -> None:
+    """Snakemake, which says what goes wrong; what starts and ends the rules say."""
+    from snakemake.cli import main
+
+    if not any(option.startswith(("-n", "--dry")) for option in options):
+        logging.disable(logging.INFO)
+    main(options)
+
+
+def notebook(source: str, out: str, parameters: str, runs: str) -> int:
+    """Execute a notebook with ``parameters`` (JSON) into ``out``, what it prints as it comes; returns the exit status.
+
+    A kernel that dies leaves an error in the cell it died in, as an exception does.
+    """
+    import papermill
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import NBClientEngine, papermill_engines
+    from papermill.exceptions import PapermillExecutionError
+
+    for folder in (Path(runs), Path(out).parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    file = lock(Path(runs) / LOCK, shared=True)
+
+    class Client(PapermillNotebookClient):
+        def execute_cell(self, cell: Any, *index: Any, **how: Any) -> Any:
+            from nbclient.exceptions import CellExecutionError, DeadKernelError
+            from nbformat.v4 import new_output
+
+            try:
+                return super().execute_cell(cell, *index, **how)
+            except DeadKernelError:
+                why = _died(self.km.provisioner.process.wait())
+                cell.execution_count = self.code_cells_executed
+                cell.outputs.append(new_output("error", ename="KernelDied", evalue=why, traceback=[why]))
+                raise CellExecutionError(why, "KernelDied", why) from None
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **how: Any) -> Any:
+            how = {"stdout_file": how["stdout_file"], "startup_timeout": how["start_timeout"]}
+            client = Client(nb_man, kernel_name=kernel_name, extra_arguments=["--IPKernelApp.log_level=ERROR"], **how)
+            return client.execute(pass_fds=[file.fileno()], preexec_fn=_end_with_parent)
+
+    papermill_engines.register("kmex", Engine)
+    print(f"{time.strftime('%T')} start {out}", flush=True)
+    start = time.monotonic()
+    how: dict[str, Any] = {"stdout_file": sys.stdout, "start_timeout": START, "progress_bar": False}
+    try:
+        papermill.execute_notebook(source, out, json.loads(parameters), engine_name="kmex", **how)
+    except PapermillExecutionError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:  # the disk is full
+        print(f"FAILED {out}: it cannot be written ({error.strerror})", file=sys.stderr)
+        return 1
+    print(f"{time.strftime('%T')} done  {out}, {time.monotonic() - start:.0f} s", flush=True)
+    return 0
+
+
+def _died(status: int) -> str:
+    """Why a kernel ended that should not have."""
+    if status >= 0:
+        return f"the kernel ended with status {status}"
+    name = signal.Signals(-status).name
+    return f"the kernel was killed ({name}), {CAUSES.get(name, 'from outside: run again')}"
+
+
+def _end_with_parent() -> None:
+    """In a child that is about to run a kernel: end when the parent does; ipykernel, which looks itself, may hang."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    end_with_the_command()
+    kind, *given = sys.argv[1:]
+    if kind == "notebook":
+        sys.exit(notebook(*given))
+    workflow(given)
