@@ -8,6 +8,7 @@ The typed, defaulted assignments of the cell are the specification:
 """
 
 import ast
+import operator
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -47,6 +48,18 @@ def checked(sources: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _typed(name, kind, values[name]) for name, kind in types.items()}
 
 
+def whole(least: int = 0, most: int = 2**63 - 1, **values: Any) -> None:
+    """A ValueError that names the first of the ``values`` that is no whole number in [least, most]."""
+    for name, value in values.items():
+        try:
+            fits = least <= operator.index(value) <= most and not isinstance(value, bool)
+        except TypeError:
+            fits = False
+        if not fits:
+            up = f" and at most {most}" if isinstance(value, int) and value > most else ""
+            raise ValueError(f"{name} must be a whole number of at least {least}{up}, got {value!r}")
+
+
 def _statements(source: str) -> list[ast.stmt]:
     try:
         return ast.parse(source).body
@@ -57,8 +70,8 @@ def _statements(source: str) -> list[ast.stmt]:
 def _typed(name: str, kind: str, value: Any) -> Any:
     if kind.startswith("list["):
         if not isinstance(value, list | tuple):
-            hint = f"; from the shell: papermill -y '{name}: [1, 2]'" if isinstance(value, str) else ""
-            raise ValueError(f"parameter {name} must be a {kind}, got {value!r} ({type(value).__name__}){hint}")
+            hint = f"from the shell: papermill -y '{name}: [1, 2]'"
+            raise ValueError(f"parameter {name} must be a {kind}, got {value!r} ({type(value).__name__}); {hint}")
         return [_typed(name, kind.removeprefix("list[").removesuffix("]"), item) for item in value]
     if kind == "float" and type(value) is int:
         value = float(value)

@@ -63,6 +63,8 @@ class Input:
             if len(values) not in (1, self.channels) or (name == "std" and min(values) <= 0):
                 of = "R, G and B, or one value" if self.channels == 3 else "one value, for one channel"
                 raise ValueError(f"mean and std must be of {of}, std positive; got {self.mean} and {self.std}")
+            if max(values) > (1 if name == "mean" else 2) and not self.transform:
+                raise ValueError(f"{name} is of values in [0, 1], got {values}: divide mean and std of 0 … 255 by 255")
             object.__setattr__(self, name, values * (self.channels // len(values)))
         if self.fit not in ("crop", "stretch"):
             raise ValueError(f"fit must be crop or stretch, got {self.fit!r}")

@@ -92,6 +92,12 @@ class Network(nn.Module):
         if kinds:
             kind = str(kinds.pop()).removeprefix("torch.")
             raise ValueError(f"{self.name} has {kind} weights, explanations are float32: give module.float()")
+        for key, parameter in module.named_parameters():
+            if parameter.is_meta or parameter.layout != torch.strided:
+                what = "without values (meta)" if parameter.is_meta else f"of layout {parameter.layout}"
+                raise ValueError(f"{self.name} has weights {what} ({key} …): give a module with dense weights")
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"{self.name} holds NaN or infinite weights ({key} …): give other weights")
         self.module = module
         self.eval().requires_grad_(False)
         trace = Trace(self.module, input, self.name)
