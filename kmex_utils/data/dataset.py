@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from .. import paths
+from ..parameters import whole
 from ..store import replacing
 from . import sources
 from .input import IMAGENET_MEAN, IMAGENET_STD, Input
@@ -222,10 +223,9 @@ def _chosen(
     seed: int = 0,
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]:
     """What the arguments of :func:`load` choose: class names, labels [N] among them, training and test index."""
-    if images_per_class < 0:
-        raise ValueError(f"images_per_class must be 0 (all) or positive, got {images_per_class}")
+    whole(images_per_class=images_per_class, seed=seed)
     for option, share in (("validation", validation), ("held_out", held_out)):
-        if not 0 <= share < 1:
+        if not isinstance(share, int | float) or not 0 <= share < 1:
             raise ValueError(f"{option} must be a share of the training images, at least 0 and below 1, got {share}")
     keep = sources.matching(listing.classes, classes)
     chosen = np.isin(listing.labels, keep or [-1])

@@ -140,6 +140,15 @@ class Nearest:
                 examples[of_class, e] = torch.where(have[:, None] > 0, places, -1)
         return cls(index, position, shared, images, examples)
 
+    def check(self, prototypes: int) -> None:
+        """A ValueError unless this is of so many prototypes, in whole numbers."""
+        index, position, examples = self.index, self.position, self.examples
+        shapes = {len(x) for x in vars(self).values()} == {prototypes} and examples.shape[2:] == (2,)
+        if not shapes or index.dim() != 2 or index.shape != position.shape or examples.shape[1] > len(EXAMPLES):
+            raise ValueError("its nearest patches are of other prototypes")
+        if any(x.is_floating_point() or (x < -1).any() for x in vars(self).values()):
+            raise ValueError("its nearest patches are no whole numbers")
+
     def first(self) -> "Nearest":
         """The nearest one alone."""
         return replace(self, index=self.index[:, :1], position=self.position[:, :1], examples=self.examples[:, :0])
@@ -410,6 +419,8 @@ class Explained:
             image = self.names.index(name)
         if isinstance(image, int | np.integer):
             return self._picture(int(image))
+        if image is None:
+            raise TypeError("image is an index, a name, a file or pixels, got None")
         return Picture(reading.taken(image, self.network.input).pixels, "image")
 
     def _picture(self, index: int) -> Picture:
@@ -858,6 +869,8 @@ class Explained:
             if not torch.equal(prototypes.labels, expected) or len(prototypes) != len(expected):
                 raise ValueError(f"not {count} prototypes for each of {classes} classes")
             channels = sum(self._channels[-1 if b is None else b - 1 :])
+            if not torch.isfinite(prototypes.vectors).all():
+                raise ValueError("prototypes hold NaN or infinite values")
             if prototypes.vectors.shape[1:] != (channels,):
                 raise ValueError(f"prototypes of {list(prototypes.vectors.shape[1:])} channels, not {channels}")
             if b is None:
@@ -866,6 +879,7 @@ class Explained:
             self.explainers[b] = EncoderKMeans(prototypes, classes, b, _of(Normalisation, made))
             tensors.setdefault("nearest_examples", torch.empty(len(prototypes), 0, 2, dtype=torch.int64))  # as of old
             self.nearest[b] = _of(Nearest, tensors, "nearest_")
+            self.nearest[b].check(len(prototypes))
             if "refits_kept" in tensors:
                 self.refits[b] = _of(Refits, tensors, "refits_")
                 if self.refits[b].vectors.shape[1:] != prototypes.vectors.shape:

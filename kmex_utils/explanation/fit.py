@@ -95,7 +95,8 @@ def explain(
     elif taken_in:
         raise ValueError(f"{', '.join(taken_in)}: options of kmex_utils.network(), give them there")
     whole(start_block=start_block, fit_on=fit_on, seed=seed)
-    whole(1, prototypes_per_class=prototypes_per_class, restarts=restarts, batch_size=batch_size)
+    whole(1, prototypes_per_class=prototypes_per_class, batch_size=batch_size)
+    whole(1, 1000, restarts=restarts)
     blocks = len(network.blocks)
     first = start_block or max(1, blocks - 2)
     block_name(first, blocks)  # refuses a block that is not there

@@ -40,6 +40,8 @@ class Normalisation:
     grid: str = "shallowest"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.align_corners, bool):
+            raise ValueError(f"align_corners must be True or False, got {self.align_corners!r}")
         for name, allowed in (("norm", NORMS), ("scale", SCALES), ("grid", GRIDS)):
             if getattr(self, name) not in allowed and not (name == "scale" and self._weights()):
                 weights = ", or weights such as 4,2,1" if name == "scale" else ""

@@ -100,7 +100,7 @@ class Network(nn.Module):
                 raise ValueError(f"{self.name} holds NaN or infinite weights ({key} …): give other weights")
         self.module = module
         self.eval().requires_grad_(False)
-        trace = Trace(self.module, input, self.name)
+        trace, blocks = Trace(self.module, input, self.name), [blocks] if isinstance(blocks, str) else blocks
         self._head = head_of(trace, head)
         self.head, self.form, self.between = self._head.name, self._head.form, self._head.between
         self.activation, self.note = self._head.activation, self._head.note

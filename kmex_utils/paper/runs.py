@@ -17,6 +17,7 @@ from .. import data, networks, paths
 from ..data import Dataset
 from ..explanation.explained import Explained
 from ..networks import Network
+from ..parameters import whole
 from ..store import load_json, load_tensors, save_json, save_tensors
 
 
@@ -33,6 +34,7 @@ class Run:
         """A run by names; relative ``runs`` start at the repository's root."""
         if not dataset or "/" in dataset or dataset.startswith("."):
             raise ValueError(f"dataset {dataset!r} cannot name a folder: use letters, digits, - and _")
+        whole(seed=seed)
         return cls(paths.resolve(runs), dataset, seed)
 
     @classmethod
