@@ -6,8 +6,6 @@ import io
 import json
 import re
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from kmex_utils.explanation import fit
 
 FEW = {"prototypes_per_class": 1, "restarts": 1, "device": "cpu", "image_size": 32, "mean": 0.5, "std": 0.25}
 PYTHONS_OWN = re.compile(
-    r"Traceback|NoneType|has no attribute|not supported between|unexpected keyword|not iterable|codec"
+    r"Traceback|'NoneType'|has no attribute|not supported between|unexpected keyword|not iterable|codec"
 )
 
 
@@ -151,7 +149,6 @@ REFUSED = {
     "model typo": (["--model", "resnet5O"], "no model 'resnet5O'; the nearest: resnet50"),
     "model timm typo": (["--model", "timm/resnet5O"], "timm has no model 'resnet5O'; the nearest: resnet50"),
     "model path missing": (["--model", "runs/x/seed-0"], "no model .*for a saved network its folder"),
-    "model no average pool": (["--model", "vit_b_16", "--image-size", "224"], "no feature maps"),
     "weights missing": (["--weights", "/nowhere.pt"], "/nowhere.pt does not exist: weights is"),
     "weights dir": (["--weights", "."], "is a folder: give the file with the state dict"),
     "classes missing": (["--classes", "/nowhere.txt"], "/nowhere.txt does not exist: `classes` is"),
@@ -253,7 +250,10 @@ def test_odd_and_right(options, photos, tmp_path):
     (tmp_path / "same.txt").write_text("same\n" * 1000)
     options = [option.format(same=tmp_path / "same.txt") for option in options]
     status, said, wrong = run("explain", photos, "--out", tmp_path / "out", *BASE, *QUICK, *options)
-    assert status == 0 and "B4 " in said and not wrong.count("Traceback")
+    if options == ["--image-size", "1"]:
+        assert status == 2 and "blocks" in one_line(wrong), "at one pixel all resolutions are the same"
+    else:
+        assert status == 0 and "B4 " in said, wrong
 
 
 @pytest.fixture(scope="module")
@@ -283,21 +283,13 @@ def test_going_on_with_the_same_changes_nothing(saved, photos):
 
 
 def test_a_folder_has_one_writer(saved, photos, tmp_path):
-    """Another process holds it: it is refused in one line and nothing is left."""
+    """The second is refused in one line and nothing is left."""
     pytest.importorskip("fcntl", reason="Windows has no such locks")
     before = state(saved)
-    hold = "import sys; from pathlib import Path; from kmex_utils.store import alone\n"
-    hold += "with alone(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     for folder in (saved, tmp_path / "new"):
-        holder = subprocess.Popen(
-            [sys.executable, "-c", hold, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        with holder:
-            assert holder.stdout.readline() == "held\n"
+        with store.alone(folder):  # a lock is of the opened folder, not of the process
             status, _, wrong = run("explain", photos, "--out", folder, *BASE, *QUICK, "--resume")
             assert status == 2 and "is being written by another process: wait for its end" in one_line(wrong)
-            holder.stdin.close()
-        assert holder.returncode == 0
     assert state(saved) == before and not (tmp_path / "new").exists()
 
 
@@ -402,8 +394,14 @@ IN_ONE_LINE = {
     ),
     "NaN head only": (lambda: {"network": spoiled(torch.nan, "8.bias")}, ValueError, "NaN or infinite weights .8.bias"),
     "infinite head": (lambda: {"network": spoiled(torch.inf, "8.bias")}, ValueError, "NaN or infinite weights .8.bias"),
-    "network(None)": (lambda: {"network": None}, ValueError, "no model 'None'"),
-    "network(5)": (lambda: {"network": 5}, ValueError, "no model '5'"),
+    "network(None)": (lambda: {"network": None}, TypeError, "model is a name, a folder or an nn.Module, got None"),
+    "network(5)": (lambda: {"network": 5}, TypeError, "model is a name, a folder or an nn.Module, got 5"),
+    "no average pool": (
+        lambda: {"network": nn.Sequential(nn.Flatten(), nn.Linear(3072, 3))},
+        ValueError,
+        "has no|is not a CNN of eq. 1",
+    ),
+    "image_size=10**6": (lambda: {"image_size": 10**6}, ValueError, "at most 8,192, a number or .H, W., got 1000000"),
     "network(Linear)": (lambda: {"network": nn.Linear(3, 3)}, ValueError, "does not run on 3 x 32 x 32 images"),
     "network(1-channel)": (lambda: {"network": small_cnn(2)}, ValueError, "does not run on 3 x 32 x 32 images"),
     "network(float64)": (lambda: {"network": small_cnn().double()}, ValueError, "give module.float"),
@@ -416,7 +414,7 @@ IN_ONE_LINE = {
     "mean=[.5,.5]": (lambda: {"mean": [0.5, 0.5]}, ValueError, "of R, G and B, or one value"),
     "std=0": (lambda: {"std": [0, 0, 0]}, ValueError, "std positive"),
     "blocks='layer2'": (lambda: {"blocks": "layer2"}, ValueError, "has no block 'layer2'"),
-    "blocks=[1]": (lambda: {"blocks": [1]}, ValueError, "has no block"),
+    "blocks=[99]": (lambda: {"blocks": [99]}, ValueError, "has no block"),
     "folder=None": (lambda: {"images": None}, TypeError, "give a known name, a folder"),
     "folder=5": (lambda: {"images": 5}, TypeError, "give a known name, a folder"),
     "start_block='B4'": (lambda: {"start_block": "B4"}, ValueError, "start_block must be a whole number"),
@@ -550,15 +548,16 @@ def test_home_is_expanded_everywhere(explained, tmp_path, monkeypatch):
 def test_an_edit_killed_while_saving_leaves_the_old_state_or_the_new(explained, photos, tmp_path, monkeypatch):
     """At any replacement of a file, and after it."""
     module = explained.network.module
-    old = kmex.load(explained.save(tmp_path / "a"), copy.deepcopy(module), photos)
+    fitted = kmex.explain(copy.deepcopy(module), photos, log=str, **FEW | {"prototypes_per_class": 2})
+    old = kmex.load(fitted.save(tmp_path / "a"), copy.deepcopy(module), photos)
     old.edits.rename(1, 0, "beak")
     old.save(tmp_path / "a")
     edited = kmex.load(tmp_path / "a", copy.deepcopy(module), photos)
-    edited.edits.rename(1, 1, "wing")
-    edited.save(tmp_path / "b")
-    before, after = repr(old.edits), repr(edited.edits)
+    edited.edits.disable(1, 1)
+    rows = {repr(e.edits): list(e.table.index) for e in (old, edited)}
+    assert "B123, edited" in rows[repr(edited.edits)]
     replace, seen = store.os.replace, set()
-    for killed_at in range(12):
+    for killed_at in range(20):
         left = [killed_at]
 
         def killing(*args, left=left):
@@ -571,13 +570,12 @@ def test_an_edit_killed_while_saving_leaves_the_old_state_or_the_new(explained, 
         with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
             patched.setattr(store.os, "replace", killing)
             edited.save(tmp_path / "a")
-        found = kmex.load(tmp_path / "a", copy.deepcopy(module), photos)
-        assert repr(found.edits) in (before, after)
-        assert found.table.equals(kmex.load(tmp_path / ("a"), copy.deepcopy(module)).table)
+        found = kmex.load(tmp_path / "a", copy.deepcopy(module))
+        assert list(found.table.index) == rows[repr(found.edits)]
         seen.add(repr(found.edits))
-        if not any(killed_at >= n for n in left) or left[0] > 0:
+        if left[0] > 0:  # it had come to its end
             break
-    assert seen == {before, after}, "some were killed before, some not"
+    assert seen == set(rows) and killed_at > 2
 
 
 @pytest.fixture
@@ -656,7 +654,7 @@ def test_tampered_prototypes_are_one_line_or_explain(explained, photos, tmp_path
         store.save_tensors(path, {**tensors, key: value}, settings)
         try:
             loaded = kmex.load(tmp_path, network)
-            loaded.panel(photos / "cat" / "0.png", [2])
+            loaded.interpretations(photos / "cat" / "0.png", [2])
         except ValueError as error:
             one_line(error)
             assert "B23" in str(error), key
@@ -673,7 +671,7 @@ def test_tampered_prototypes_are_one_line_or_explain(explained, photos, tmp_path
                 one_line(error)
                 assert Path(name).stem in str(error)
             else:
-                assert (name, share) in [("table.csv", 0.3), ("table.csv", 0.9)]
+                pytest.fail(f"half of {name} was taken for the whole")
         (tmp_path / name).write_bytes(content)
 
 
@@ -734,7 +732,7 @@ def stepped(name, **given):
     """A notebook's cells with parameters, as papermill injects them, until the first error."""
     cells = re.split(r"^# %%.*\n", (paths.ROOT / "notebooks" / f"{name}.py").read_text(), flags=re.MULTILINE)
     tags = re.findall(r"^# %%(.*)$", (paths.ROOT / "notebooks" / f"{name}.py").read_text(), flags=re.MULTILINE)
-    space = {"In": [], "__name__": "__main__"}
+    space = {"In": [], "__name__": "__main__", "nan": NAN}
     for tag, cell in zip(tags, cells[1:], strict=True):
         if "[markdown]" in tag:
             continue

@@ -273,8 +273,12 @@ class Explained:
         key = (start_block, prototype, rank)
         index, position = self.nearest[start_block].place(prototype, rank)
         if key in self._drawn:
-            with Image.open(io.BytesIO(self._drawn[key])) as image:
-                pixels = np.asarray(image)
+            try:
+                with Image.open(io.BytesIO(self._drawn[key]), formats=["WEBP"]) as image:
+                    pixels = np.asarray(image)
+            except Exception as error:  # whatever Pillow raises for bytes that are no picture
+                of = f"the patch of prototype {prototype} saved with {self.name(start_block)}"
+                raise ValueError(f"{of} cannot be read ({reading.reason(error)}): save the explanation again") from None
         else:
             maps = self.edits.fitted(start_block)[2]
             assert self.dataset is not None and maps is not None
@@ -827,10 +831,16 @@ class Explained:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no saved explanation: give a folder that explained.save() wrote")
         settings = load_json(path)
-        if not isinstance(settings, dict) or not isinstance(settings.get("classes"), list):
+        parts = {"classes": list, "network": dict, "dataset": str}
+        whole = isinstance(settings, dict) and all(isinstance(settings.get(key), of) for key, of in parts.items())
+        edits = settings.pop("edits", []) if whole else []
+        if not whole or not isinstance(edits, list) or not all(isinstance(name, str) for name in settings["classes"]):
             raise ValueError(f"{path} is not of a whole saved explanation: save it again")
-        edits = settings.pop("edits", [])
         network = networks.load(folder, module, transform, weights)
+        if not set(settings.get("stand_in_classes", ())) <= set(range(len(network.classes))):
+            raise ValueError(
+                f"{path} is not of a whole saved explanation ({network.name} has other outputs): save it again"
+            )
         how = {key: settings[key] for key in ("held_out", "seed") if key in settings}
         dataset = None if images is None else opened(images, network, **how)
         explained, fingerprint = cls(network, dataset, settings), network.fingerprint
@@ -843,13 +853,22 @@ class Explained:
         for path in _explainer_files(folder):
             explained._load_explainer(path, fingerprint)
         if (folder / "table.csv").is_file():
-            import pandas as pd
-
-            explained.table = pd.read_csv(folder / "table.csv", index_col="model")
-            rows = explained.table.index.astype(str)
-            explained.table = explained.table[~rows.str.endswith(", edited")]  # the edits bring theirs
+            explained._load_table(folder / "table.csv")
         explained.edits.replay(edits)
         return explained
+
+    def _load_table(self, path: Path) -> None:
+        import pandas as pd
+
+        try:
+            content = path.read_text(encoding="utf-8")
+            table = pd.read_csv(io.StringIO(content), index_col="model")
+            missing = {self.name(b) for b in self.explainers} - {*table.index}
+            if missing or not content.endswith("\n"):
+                raise ValueError("it is cut short")
+        except (KeyError, ValueError) as error:  # pandas' own are of these
+            raise ValueError(f"{path} is no table of a saved explanation ({error}): save it again") from None
+        self.table = table[~table.index.astype(str).str.endswith(", edited")]  # the edits bring theirs
 
     def _load_explainer(self, path: Path, weights: str) -> None:
         tensors, made = load_tensors(path)
