@@ -2,9 +2,10 @@
 
 PYTHON ?= python3
 CORES ?= all
+COUNT ?= 10000
 BIN := .venv/bin
 
-.PHONY: reproduce paper check test zoo lab clean
+.PHONY: reproduce paper check test fuzz zoo lab clean
 
 reproduce: .venv/.complete ## every notebook on the embedded digits: tables, figures, executed notebooks, HTML
 	$(BIN)/kmex batch config/quick.yaml --cores $(CORES)
@@ -24,6 +25,9 @@ test: .venv/.complete ## everything: as check, with notebooks, workflow and brow
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+fuzz: .venv/.complete ## mutated image files of every format, COUNT of them from SEED on: read, or refused in one line; a minute
+	PYTHONPATH=. $(BIN)/python tests/fuzz_images.py --count $(COUNT) --seed $(or $(SEED),0)
 
 zoo: .venv/.complete ## which of some 400 networks of torchvision and timm fit, checked independently; resumes where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --csv runs/architectures.csv --jobs 2

@@ -21,7 +21,7 @@ def test_the_fuzzer_knows_every_format(tmp_path):
                     reading.read(tmp_path / "file", INPUT)
                 continue
             with warnings.catch_warnings(action="ignore"), Image.open(tmp_path / "file") as image:
-                assert image.format == name or (name, image.format) in {("DIB", "BMP"), ("MPO", "JPEG")}
+                assert image.format.upper() == name
             assert reading.read(tmp_path / "file", INPUT).pixels.shape == (3, 8, 8)
 
 
