@@ -197,7 +197,8 @@ def _same_settings(out: Path, settings: dict[str, Any]) -> None:
     """Refuse to go on in the folder of a whole explanation of other settings."""
     from .store import load_json
 
-    if (out / "explained.json").is_file() and "network" in (saved := load_json(out / "explained.json")):
+    saved = load_json(out / "explained.json") if (out / "explained.json").is_file() else {}
+    if isinstance(saved, dict) and "network" in saved:  # to its end
         asked = json.loads(json.dumps(settings))
         if other := [name for name in asked if asked[name] != saved.get(name)]:
             raise ValueError(f"{out} holds an explanation of other settings ({', '.join(other)}): choose another --out")
