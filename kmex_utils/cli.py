@@ -7,7 +7,9 @@ import argparse
 import io
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
         options.snakemake = options_left
     elif options_left:
         parser.error(f"unknown: {' '.join(options_left)}")
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged images: what cannot be read is said
     try:
+        for name, value in vars(options).items():
+            if isinstance(value, Path):
+                setattr(options, name, paths.expanded(value))
         status: int = options.command(options)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
@@ -161,15 +167,23 @@ def explain(options: argparse.Namespace) -> int:
     """Explain a network on a folder of images: prototypes, a table of cosines and accuracy, panels, a report."""
     if options.out.exists() and not options.resume:
         raise FileExistsError(f"{options.out} exists: choose another --out, or give --resume to go on in it")
-    folder = Path(options.folder).expanduser()
+    folder = paths.expanded(options.folder)
     if not folder.is_dir():  # before the network's weights are downloaded
         raise FileNotFoundError(f"{folder} does not exist or is not a folder: give a folder of images")
+    from .store import alone
+
+    with alone(options.out):
+        return _explain(options)
+
+
+def _explain(options: argparse.Namespace) -> int:
     from .explanation import fit
     from .networks.network import network
 
     model = network(options.model, **{name: getattr(options, name) for name in NETWORK})
     _check(options, model)
-    explained = fit.explain(model, options.folder, **{name: getattr(options, name) for name in EXPLAIN})
+    how = {name: getattr(options, name) for name in EXPLAIN}
+    explained = fit.explain(model, options.folder, **how, check=partial(_same_settings, options.out))
     explained.save(options.out, small=options.small)
     assert explained.table is not None
     print(explained.table.to_string(float_format="{:.2f}".format, na_rep="–", index_names=False))
@@ -183,6 +197,17 @@ def explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def _same_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on in the folder of a whole explanation of other settings."""
+    from .store import load_json
+
+    saved = load_json(out / "explained.json") if (out / "explained.json").is_file() else {}
+    if isinstance(saved, dict) and "network" in saved:  # to its end
+        asked = json.loads(json.dumps(settings))
+        if other := [name for name in asked if asked[name] != saved.get(name)]:
+            raise ValueError(f"{out} holds an explanation of other settings ({', '.join(other)}): choose another --out")
+
+
 def _check(options: argparse.Namespace, network: "Network") -> None:
     """Refuse before the computation what would fail after it."""
     from .data import reading
@@ -191,8 +216,8 @@ def _check(options: argparse.Namespace, network: "Network") -> None:
     if options.page < 0:
         raise ValueError(f"--page takes a number of images, got {options.page}")
     for image in options.panel:
-        inside = Path(options.folder).expanduser() / image
-        file = inside if inside.is_file() else Path(image).expanduser()
+        inside = paths.expanded(options.folder) / image
+        file = inside if inside.is_file() else paths.expanded(image)
         if not file.is_file():
             raise ValueError(f"--panel {image} is neither a file nor in {options.folder}")
         try:
@@ -206,12 +231,12 @@ def _panels(
 ) -> list["Picture"]:
     """Figure 1 of each image as ``panel-<name>`` below ``out``, and its ``overlays``; says where."""
     from . import drawing
-    from .store import replacing
+    from .store import replacing, short
 
     pictures = [explained.picture(image) for image in images]
     names = ["-".join(Path(picture.name).with_suffix("").parts) for picture in pictures]
     for i, picture in enumerate(pictures):
-        name = f"{names[i]}{f'-{i + 1}' if names.count(names[i]) > 1 else ''}"
+        name = short(f"{names[i]}{f'-{i + 1}' if names.count(names[i]) > 1 else ''}")
         stem = out / f"panel-{name}"
         drawing.save(explained.panel(picture, target=target), stem)
         print(f"{stem}.png")
@@ -225,11 +250,17 @@ def _panels(
 
 def show(options: argparse.Namespace) -> int:
     """Draw Figure 1 of new images by an explanation saved before. Nothing is fitted."""
+    from .data.folders import apart
     from .explanation.explained import Explained
+    from .store import writable
 
+    out = options.out or options.saved
+    writable(out)
     explained = Explained.load(options.saved, weights=options.weights)
+    if photos := explained.settings.get("folder"):
+        apart(out, photos)
     layers = ["map", *(["attribution"] if explained.network.form else [])] if options.overlay else []
-    _panels(explained, options.images, options.out or options.saved, options.target, layers)
+    _panels(explained, options.images, out, options.target, layers)
     return 0
 
 
@@ -246,8 +277,9 @@ def measure(options: argparse.Namespace) -> int:
     """Measure how far a saved explanation can be believed: faithfulness, certainty, and fidelity to annotated parts."""
     from .evaluation.measured import measured
     from .explanation.explained import Explained
-    from .store import save_text
+    from .store import save_text, writable
 
+    writable(options.out or options.saved)
     explained = Explained.load(options.saved, images=options.images, weights=options.weights)
     out = options.out or options.saved
     how = {"images": options.count, "steps": options.steps, "refits": options.refits}

@@ -22,7 +22,7 @@ def pick_device(name: str = "auto") -> torch.device:
             name = "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta holds no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here ({reason}); use auto, cpu, cuda or mps") from None

@@ -8,6 +8,7 @@ The typed, defaulted assignments of the cell are the specification:
 """
 
 import ast
+import operator
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -51,6 +52,18 @@ def declared(source: str) -> dict[str, str]:
     """The types that a notebook's script declares, by parameter."""
     found = (statement for statement in _statements(source) if isinstance(statement, ast.AnnAssign))
     return {ast.unparse(statement.target): ast.unparse(statement.annotation) for statement in found}
+
+
+def whole(least: int = 0, most: int = 2**63 - 1, **values: Any) -> None:
+    """A ValueError that names the first of the ``values`` that is no whole number in [least, most]."""
+    for name, value in values.items():
+        try:
+            fits = least <= operator.index(value) <= most and not isinstance(value, bool)
+        except TypeError:
+            fits = False
+        if not fits:
+            up = f" and at most {most}" if isinstance(value, int) and value > most else ""
+            raise ValueError(f"{name} must be a whole number of at least {least}{up}, got {value!r}")
 
 
 def _statements(source: str) -> list[ast.stmt]:

@@ -11,14 +11,22 @@ FIGURES = ROOT / "figures"  # <dataset>/table1.csv, figure1.png …
 RUNS = ROOT / "runs"  # <dataset>/seed-<seed>/: weights, embeddings, prototypes, executed notebooks
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with ``~`` expanded; a ValueError where that is nobody's home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} begins with the home of a user who is not known here: give the whole path") from None
+
+
 def resolve(path: str | Path) -> Path:
     """An absolute path; ``~`` is expanded and relative paths start at the repository's root."""
-    return ROOT / Path(path).expanduser()
+    return ROOT / expanded(path)
 
 
 def located(path: str | Path) -> Path:
     """The absolute path: seen from the working directory or, if nothing is there, from the repository's root."""
-    here, in_repository = Path(path).expanduser(), resolve(path)
+    here, in_repository = expanded(path), resolve(path)
     return in_repository if in_repository.exists() and not here.exists() else here.absolute()
 
 

@@ -1,5 +1,6 @@
 """Artefacts on disk: complete or absent, never half-written, never pickled."""
 
+import hashlib
 import json
 import os
 import re
@@ -23,11 +24,71 @@ if sys.platform != "win32":
 TEMPORARY = re.compile(r"\..+-[0-9a-f]{8}(\.\w+)?")
 
 
+def short(name: str) -> str:
+    """A file's name with room for an ending: of more than 200 bytes the first 150 and a hash of all."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= 200:
+        return name
+    return f"{encoded[:150].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:12]}"
+
+
+def writable(folder: Path) -> None:
+    """A ValueError unless files can be written into a folder, or into the one where it would be made."""
+    there = folder.absolute()
+    try:
+        while not there.exists():
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}): choose another folder") from None
+
+
+def new_file(path: Path, overwrite: bool) -> None:
+    """Refuse before the computation what could not be written after it: a FileExistsError or ValueError."""
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder: choose another name")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another name, or give overwrite=True")
+    writable(path.parent)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it against other processes that ask the same; if it stays empty, it goes again.
+
+    A ValueError where it cannot be written, or another process holds it. Systems without file locks hold nothing.
+    """
+    writable(folder)
+    new = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    held = -1
+    try:
+        with suppress(ImportError):  # Windows
+            import fcntl
+
+            held = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"{folder} is being written by another process: wait for its end, or choose another folder"
+                raise ValueError(message) from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        if held >= 0:
+            os.close(held)
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; it becomes ``path`` on success and is removed on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{uuid4().hex[:8]}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:20]}-{uuid4().hex[:8]}{path.suffix}")  # a name has 255 bytes at most
     with ExitStack() as held:
         if sys.platform != "win32":
             with suppress(OSError):
@@ -93,12 +154,21 @@ def room(folder: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
 
 def save_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], settings: Mapping[str, Any]) -> None:
     """Write tensors and the settings that made them into one safetensors file."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(_packed(tensors, settings))  # save_file's is for its owner alone
+
+
+def holds(path: Path, tensors: Mapping[str, "torch.Tensor"], settings: Mapping[str, Any]) -> bool:
+    """Whether a file is what :func:`save_tensors` would write."""
+    return path.is_file() and path.read_bytes() == _packed(tensors, settings)
+
+
+def _packed(tensors: Mapping[str, "torch.Tensor"], settings: Mapping[str, Any]) -> bytes:
     import torch
     from safetensors.torch import save
 
     copies = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-    with replacing(path) as temporary:
-        temporary.write_bytes(save(copies, {"settings": json.dumps(settings)}))  # save_file's is for its owner alone
+    return save(copies, {"settings": json.dumps(settings)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
@@ -118,7 +188,10 @@ def load_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]
         raise ValueError(f"{path} is not a readable safetensors file ({error}); delete it and make it again") from None
     if settings is None:
         raise ValueError(f"{path} carries no settings: it was not written by this project")
-    return tensors, json.loads(settings)
+    made_by = _parsed(path, settings)
+    if not isinstance(made_by, dict):
+        raise ValueError(f"{path} carries no settings: it was not written by this project")
+    return tensors, made_by
 
 
 def save_text(path: Path, text: str) -> None:
@@ -134,7 +207,11 @@ def save_json(path: Path, content: Any) -> None:
 
 def load_json(path: Path) -> Any:
     """Read JSON; a file that is not JSON is named in the error."""
+    return _parsed(path, path.read_bytes())
+
+
+def _parsed(path: Path, text: str | bytes) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON ({error}); delete it and make it again") from None

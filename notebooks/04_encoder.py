@@ -54,6 +54,8 @@ from kmex_utils.method.explainers import block_name
 from kmex_utils.paper.runs import Run
 
 run = Run.of(runs, dataset, seed)
+if not start_blocks:
+    raise ValueError("start_blocks must name at least one block, as [4, 3, 2]")
 names = {b: block_name(b) for b in sorted(start_blocks, reverse=True)}
 normalisation = Normalisation(norm, scale, align_corners, grid)
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)

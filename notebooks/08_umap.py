@@ -77,6 +77,8 @@ def of_group(vectors, labels, limit=0):
 
 train = of_group(z, labels, images_per_class)
 test = of_group(*run.embeddings("test", *source), images_per_class)
+if len(train[0]) < 6:
+    raise ValueError(f"UMAP needs at least 6 training embeddings, got {len(train[0])}: raise images_per_class")
 print(f"{len(names)} classes, {len(train[0]):,} training and {len(test[0]):,} test embeddings")
 
 # %% [markdown]

@@ -38,6 +38,8 @@ settings = parameters.check(globals())
 # %%
 from kmex_utils import paths
 
+if not datasets:
+    raise ValueError("datasets must name at least one whose notebooks have run, as ['mnist-mini']")
 made_by = paths.resolve(config)
 if config and not made_by.is_file():
     raise FileNotFoundError(f"{made_by} does not exist: give the configuration that made the runs, or none")

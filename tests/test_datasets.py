@@ -536,7 +536,7 @@ def test_unreadable_items_stop_or_are_left_out():
             tuple(Items([(np.zeros((8, 8, 3), np.uint8), c) for c in labels]) for labels in ((0, 1), (1, 2))),
             "the test images have labels that the training images lack: [2]",
         ),
-        (5, "a torch data set with a length or its DataLoader, or a pair (train, test), got <class 'int'>"),
+        (5, "a torch data set with a length or its DataLoader, or a pair (train, test), got int"),
     ],
 )
 def test_items_that_do_not_do(source, message):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from .. import paths
+from ..parameters import whole
 from ..store import clean, replacing, reserve
 from . import sources
 from .input import IMAGENET_MEAN, IMAGENET_STD, Input
@@ -145,7 +146,7 @@ def load(
     """
     if crop and source != "cub200":
         raise ValueError("`crop` cuts to CUB-200's bounding boxes; leave it False for other data")
-    if scratch and not Path(scratch).expanduser().is_dir():
+    if scratch and not paths.expanded(scratch).is_dir():
         raise FileNotFoundError(f"scratch must be a folder that exists, got {scratch}")
     choice: dict[str, Any] = {"images_per_class": images_per_class, "validation": validation, "held_out": held_out}
     choice |= {"classes": classes, "seed": seed}
@@ -223,10 +224,9 @@ def _chosen(
     seed: int = 0,
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]:
     """What the arguments of :func:`load` choose: class names, labels [N] among them, training and test index."""
-    if images_per_class < 0:
-        raise ValueError(f"images_per_class must be 0 (all) or positive, got {images_per_class}")
+    whole(images_per_class=images_per_class, seed=seed)
     for option, share in (("validation", validation), ("held_out", held_out)):
-        if not 0 <= share < 1:
+        if not isinstance(share, int | float) or not 0 <= share < 1:
             raise ValueError(f"{option} must be a share of the training images, at least 0 and below 1, got {share}")
     keep = sources.matching(listing.classes, classes)
     chosen = np.isin(listing.labels, keep or [-1])

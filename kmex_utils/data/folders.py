@@ -7,13 +7,15 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..paths import expanded
 from .reading import readable
 
 SPLITS = ("train", "test", "val", "valid", "validation")  # in any case; one of the last four beside train/
 LAYOUTS = "give <class>/*, or train/<class>/* with test/<class>/* (or val/)"
 EXPLAINED = "explained.json"  # marks the folder of an explanation, whose pictures are no images to explain
 LITTER = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"}  # of macOS, Synology and Windows
-NO_IMAGES = {".pdf", ".mpg", ".mpeg"}  # Pillow writes these and does not read them
+NO_IMAGES = {".pdf", ".mpg", ".mpeg", ".eps", ".ps"}  # Pillow writes the first and does not read them; PostScript runs
+NAMED = 10  # paths of one kind that are named
 
 
 def listed(folder: str | Path, log: Callable[[str], None] | None = None) -> list[Path]:
@@ -21,20 +23,33 @@ def listed(folder: str | Path, log: Callable[[str], None] | None = None) -> list
 
     Linked folders are followed, each folder once. Left out are hidden files and folders, what systems leave, links that
     lead nowhere or to a folder read before, folders that hold an explanation, and files of other endings; ``log`` gets
-    one line for each of the last three, if there are any.
+    one line for each kind there is, hidden folders and first-level folders without images among them.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} does not exist or is not a folder: give a folder of images")
     endings = set(Image.registered_extensions()) - NO_IMAGES
     below, dead = _below(root)
     results = {file.parent for file in below if file.name == EXPLAINED} - {root}
     files = sorted(file for file in below if results.isdisjoint(file.parents))
-    for links, why in ((dead, "they lead nowhere or to a folder read before"), (results, "they hold an explanation")):
-        if links and log:
-            names = sorted(readable(str(link.relative_to(root))) for link in links)
-            log(f"left out, as {why}: {', '.join(names)}")
     images = [file for file in files if file.suffix.lower() in endings]
+    splits = [path for path in root.iterdir() if path.name.lower() in SPLITS and path.is_dir()]
+    of_classes = {
+        path for top in (root, *splits) for path in top.iterdir() if path.is_dir() and path.name not in LITTER
+    }
+    hidden = {path for path in of_classes if path.name.startswith(".") and _directly_in(path, endings)}
+    empty = {path for path in of_classes if _shown(path.name)} - {p for file in images for p in file.parents}
+    empty = empty - results - {*dead} if images else set()
+    for left_out, why in (
+        (dead, "they lead nowhere or to a folder read before"),
+        (results, "they hold an explanation"),
+        (hidden, "their names begin with a dot"),
+        (empty, "they hold no images"),
+    ):
+        if left_out and log:
+            names = sorted(readable(str(path.relative_to(root))) for path in left_out)
+            more = f" … ({len(names)})" if len(names) > NAMED else ""
+            log(f"left out, as {why}: {', '.join(names[:NAMED])}{more}")
     others = Counter(file.suffix.lower() or "without ending" for file in files if file.suffix.lower() not in endings)
     skipped = ", ".join(f"{count} {ending}" for ending, count in others.most_common())
     if not images:
@@ -42,6 +57,16 @@ def listed(folder: str | Path, log: Callable[[str], None] | None = None) -> list
     if skipped and log:
         log(f"left out by their ending: {skipped}")
     return images
+
+
+def apart(results: Path, images: str | Path) -> None:
+    """A ValueError where ``results`` would be taken for images of a folder the next time."""
+    root, folder = expanded(images).resolve(), results.resolve()
+    inside = folder == root or root in folder.parents
+    if inside and not any((path / EXPLAINED).exists() for path in (folder, *folder.parents) if root in path.parents):
+        raise ValueError(
+            f"{results} lies among the images of {images}, which would grow by its pictures: choose another"
+        )
 
 
 def _below(root: Path) -> tuple[list[Path], list[Path]]:
@@ -62,6 +87,11 @@ def _below(root: Path) -> tuple[list[Path], list[Path]]:
             files += [file for file in below if file.is_file()]
             dead += [file for file in below if file.is_symlink() and not file.exists()]
     return files, dead
+
+
+def _directly_in(folder: Path, endings: set[str]) -> bool:
+    _, _, names = next(os.walk(folder), ("", [], []))  # of one that may not be read: nothing
+    return any(Path(name).suffix.lower() in endings for name in names)
 
 
 def _shown(name: str) -> bool:

@@ -12,6 +12,7 @@ from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LARGEST = 8192  # pixels of a side: two images of noise that large, to watch a network on, take 1.5 GiB
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 LUMA = (19595, 38470, 7471)  # of 65536: ITU-R 601-2, as Pillow's convert("L") rounds it
 
@@ -51,8 +52,9 @@ class Input:
             size = tuple(map(operator.index, np.ravel(self.image_size).tolist()))
         except TypeError:
             size = ()
-        if len(size) not in (1, 2) or min(size) < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, a number or (H, W), got {self.image_size}")
+        if len(size) not in (1, 2) or min(size) < 1 or max(size) > LARGEST:
+            what = f"image_size must be at least 1 pixel and at most {LARGEST:,}, a number or (H, W)"
+            raise ValueError(f"{what}, got {self.image_size}")
         object.__setattr__(self, "image_size", size[0] if size[0] == size[-1] else size)
         for name in ("mean", "std", "window"):
             object.__setattr__(self, name, numbers(name, getattr(self, name)))
@@ -63,6 +65,8 @@ class Input:
             if len(values) not in (1, self.channels) or (name == "std" and min(values) <= 0):
                 of = "R, G and B, or one value" if self.channels == 3 else "one value, for one channel"
                 raise ValueError(f"mean and std must be of {of}, std positive; got {self.mean} and {self.std}")
+            if max(values) > (1 if name == "mean" else 2) and not self.transform:
+                raise ValueError(f"{name} is of values in [0, 1], got {values}: divide mean and std of 0 … 255 by 255")
             object.__setattr__(self, name, values * (self.channels // len(values)))
         if self.fit not in ("crop", "stretch"):
             raise ValueError(f"fit must be crop or stretch, got {self.fit!r}")

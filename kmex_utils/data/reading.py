@@ -5,10 +5,11 @@ import re
 import shutil
 import struct
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +18,14 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from ..paths import expanded
 from ..store import room
 from .input import Input, name_of
 
 NAMED = 10  # so many unreadable images are named; the others are counted
 AHEAD = 256  # images decoded before the first of them is taken: 37 MiB at 224 pixels
 IN_MEMORY = 2**30  # bytes of decoded images of a split; more go to a temporary file
+LARGE = 2**25  # pixels of an image that is decoded alone: many at once would fill the memory
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, Image.DecompressionBombError)
 KINDS = {"L": "of one channel", "1": "of one channel", "P": "with a palette"}  # of Pillow's modes
 UPRIGHT = {  # by EXIF's orientation
@@ -73,7 +76,7 @@ class Reading:
         needed = int(np.prod(shape))
         if needed <= IN_MEMORY:
             return np.empty(shape, np.uint8)
-        folder = Path(self.scratch or tempfile.gettempdir()).expanduser()
+        folder = expanded(self.scratch or tempfile.gettempdir())
         free = shutil.disk_usage(folder).free
         if needed > free:
             sizes = f"{shape[0]:,} images take {needed / 2**30:.1f} GiB and {folder} has {free / 2**30:.1f} free"
@@ -254,15 +257,31 @@ def read(file: str | Path, input: Input, box: Sequence[float] | None = None) -> 
     ``box`` (x, y, width, height) is cut out first, in the file's own pixels: annotations count them as stored.
     """
     try:
-        if Path(file).stat().st_size == 0:
-            raise ValueError("zero bytes")
-        with Image.open(file) as image:
+        with opened(file) as image:
             if box is None:
                 return fitted(image, input)
             x, y, width, height = box
             return fitted(image.crop((round(x), round(y), round(x + width), round(y + height))), input)
     except Exception as error:  # Pillow's readers raise TypeError, KeyError, struct.error … for broken files
         raise ValueError(reason(error)) from None
+
+
+_LARGE = threading.Lock()
+
+
+@contextmanager
+def opened(file: str | Path) -> Iterator[Image.Image]:
+    """An image file, not yet decoded. PostScript is none: it is a program. Raises what Pillow raises, or ValueError."""
+    if Path(file).stat().st_size == 0:
+        raise ValueError("zero bytes")
+    Image.init()
+    with Image.open(file, formats=[name for name in Image.ID if name != "EPS"]) as image:
+        pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+        if most and pixels > most:
+            size = f"{image.width} x {image.height} pixels, more than the {most:,} that Pillow calls safe"
+            raise ValueError(f"{size}: make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS")
+        with _LARGE if pixels > LARGE else nullcontext():
+            yield image
 
 
 def read_many(

@@ -232,7 +232,7 @@ def torch_data(source: Any, input: Input, needs_labels: bool, reading: Reading) 
     parts: list[Any] = [part.dataset if isinstance(part, DataLoader) else part for part in pair]
     if len(pair) > 2 or not all(hasattr(part, "__len__") and hasattr(part, "__getitem__") for part in parts):
         kinds = "a known name, a folder, a torch data set with a length or its DataLoader, or a pair (train, test)"
-        raise TypeError(f"give {kinds}, got {type(source)}")
+        raise TypeError(f"give {kinds}, got {type(source).__name__}")
     pixels = reading.room((sum(map(len, parts)), 3, *input.size))
     rows: list[tuple[int, int, bool]] = []  # label, index and whether it is of the test split
     for split, dataset in enumerate(parts):

@@ -108,6 +108,8 @@ def keep(
     y: list[torch.Tensor] = []
     start = 0
     for outputs, scores in activations(network, dataset, split, batch_size=batch_size, device=device):
+        if not torch.isfinite(scores).all():
+            raise ValueError("the network's scores hold NaN or infinite values: check the images and the weights")
         y.append(scores.cpu())
         stop = start + len(scores)
         for i, x in enumerate(outputs[first - 1 :] if store != "nowhere" else ()):

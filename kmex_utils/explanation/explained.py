@@ -4,6 +4,7 @@
 """
 
 import io
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,7 +29,7 @@ from ..method.products import double_device
 from ..method.prototypes import Prototypes
 from ..networks import Network
 from ..networks.network import Target
-from ..store import load_json, load_tensors, replacing, save_json, save_tensors
+from ..store import holds, load_json, load_tensors, replacing, save_json, save_tensors, writable
 from . import gallery
 from .edits import BATCH, Edited, Edits, appearances, left_of
 from .interpretation import EXAMPLES, Interpretation, Patch, segment_patch
@@ -138,6 +139,15 @@ class Nearest:
                 places = torch.cat([members[which], row.gather(1, which)], 1)
                 examples[of_class, e] = torch.where(have[:, None] > 0, places, -1)
         return cls(index, position, shared, images, examples)
+
+    def check(self, prototypes: int) -> None:
+        """A ValueError unless this is of so many prototypes, in whole numbers."""
+        index, position, examples = self.index, self.position, self.examples
+        shapes = {len(x) for x in vars(self).values()} == {prototypes} and examples.shape[2:] == (2,)
+        if not shapes or index.dim() != 2 or index.shape != position.shape or examples.shape[1] > len(EXAMPLES):
+            raise ValueError("its nearest patches are of other prototypes")
+        if any(x.is_floating_point() or (x < -1).any() for x in vars(self).values()):
+            raise ValueError("its nearest patches are no whole numbers")
 
     def first(self) -> "Nearest":
         """The nearest one alone."""
@@ -263,8 +273,12 @@ class Explained:
         key = (start_block, prototype, rank)
         index, position = self.nearest[start_block].place(prototype, rank)
         if key in self._drawn:
-            with Image.open(io.BytesIO(self._drawn[key])) as image:
-                pixels = np.asarray(image)
+            try:
+                with Image.open(io.BytesIO(self._drawn[key]), formats=["WEBP"]) as image:
+                    pixels = np.asarray(image)
+            except Exception as error:  # whatever Pillow raises for bytes that are no picture
+                of = f"the patch of prototype {prototype} saved with {self.name(start_block)}"
+                raise ValueError(f"{of} cannot be read ({reading.reason(error)}): save the explanation again") from None
         else:
             maps = self.edits.fitted(start_block)[2]
             assert self.dataset is not None and maps is not None
@@ -392,7 +406,7 @@ class Explained:
         if isinstance(image, Picture):
             return image
         if isinstance(image, str | Path):
-            file, folder = Path(image).expanduser(), self.settings.get("folder")
+            file, folder = paths.expanded(image), self.settings.get("folder")
             inside = [str(image), *([os.path.relpath(file.absolute(), folder)] if folder else [])]
             inside += [reading.readable(name) for name in inside]
             name = next((name for name in inside if name in self.names), "")
@@ -409,6 +423,8 @@ class Explained:
             image = self.names.index(name)
         if isinstance(image, int | np.integer):
             return self._picture(int(image))
+        if image is None:
+            raise TypeError("image is an index, a name, a file or pixels, got None")
         return Picture(reading.taken(image, self.network.input).pixels, "image")
 
     def _picture(self, index: int) -> Picture:
@@ -666,13 +682,13 @@ class Explained:
         from .page import write
 
         how: dict[str, Any] = {"title": title, "max_bytes": max_bytes, "overwrite": overwrite}
-        return write(self, Path(path), images, target=target, **how)
+        return write(self, paths.expanded(path), images, target=target, **how)
 
     def report(self, path: str | Path, panels: Sequence[AnyImage] = (), **options: Any) -> Path:
         """One HTML file to send; see :func:`kmex_utils.explanation.report.write`."""
         from . import report
 
-        return report.write(self, Path(path), panels, **options)
+        return report.write(self, paths.expanded(path), panels, **options)
 
     def export(self, folder: str | Path, images: str | Path = "", **options: Any) -> Path:
         """Maps, attributions, predictions for a whole folder; see :func:`kmex_utils.explanation.export.export`."""
@@ -717,45 +733,69 @@ class Explained:
         ``small``: a few MB to send or commit. The encoder's weights stay out, so loading needs their file; prototypes
         are float16, and each keeps its nearest patch alone, of at most 96 pixels.
         """
-        folder, only = Path(folder).expanduser(), list(only)
+        folder, only = paths.expanded(folder), list(only)
+        writable(folder)
         settings, weights = folder / "explained.json", self.network.fingerprint
         if weights != self.settings["network"]["weights"]:
             raise ValueError(f"the weights of {self.network.name} are no longer those explained: explain it again")
+        of = {"classes": list(self.classes), "weights": weights}
+        described = {**self.settings, "classes": list(self.classes)}
+        edited_alone = not only and self._is_in(folder, described, of, small)
         if not only:
             saved_before = settings.exists()  # else the files of those names are not ours
             stale = [*_explainer_files(folder), folder / "table.csv"] if saved_before else []
             self.network.save(folder, head_only=small)
-            save_json(settings, {"unfinished": True})
-            for path in stale:
+            if not edited_alone:
+                save_json(settings, {"unfinished": True})
+            for path in stale if not edited_alone else ():
                 path.unlink(missing_ok=True)
             if self.table is not None:
                 with replacing(folder / "table.csv") as temporary:
                     self.table.to_csv(temporary, float_format="%.6g")
-        of = {"classes": list(self.classes), "weights": weights}
-        for name in only or self._made:
-            made = self._made[name]
-            b = made.get("start_block")
-            explainer = self.kmex[made["prototypes_per_class"]] if b is None else self.edits.fitted(b)[0]
-            tensors = dict(vars(explainer.prototypes))
-            if small:  # rows of q are near float16's smallest numbers; their largest becomes 1
-                tensors["unit"] = tensors["vectors"].abs().max()
-                tensors["vectors"] = (tensors["vectors"] / tensors["unit"]).half()
-            if b in self.refits:
-                refits = replace(self.refits[b], vectors=self.refits[b].vectors[: 0 if small else None])
-                tensors |= {f"refits_{key}": value for key, value in vars(refits).items()}
-            if b is not None:
-                nearest = self.edits.fitted(b)[1]
-                nearest = nearest.first() if small else nearest
-                tensors |= {f"nearest_{key}": value for key, value in vars(nearest).items()}
-                encoded = [_webp(self.patch(b, k, rank).pixels, small) for k, rank in nearest.ranks()]
-                tensors["patches"] = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
-                tensors["patch_sizes"] = torch.tensor([len(part) for part in encoded])
-            save_tensors(folder / f"{name}.safetensors", tensors, {**made, **of})
+        for name in (only or self._made) if not edited_alone else ():
+            save_tensors(folder / f"{name}.safetensors", self._tensors(name, small), {**self._made[name], **of})
         if not only:
             edits = {"edits": self.edits.done} if self.edits.done else {}
-            # last: what is there is whole
-            save_json(settings, {**self.settings, "classes": list(self.classes), **edits})
+            save_json(settings, {**described, **edits})  # last: what is there is whole
         return folder
+
+    def _is_in(self, folder: Path, described: dict[str, Any], of: dict[str, Any], small: bool) -> bool:
+        """Whether all of this but its edits is in a folder, which then never is without it."""
+        path, files = folder / "explained.json", {folder / f"{name}.safetensors": name for name in self._made}
+        if not path.is_file() or {*_explainer_files(folder)} != {*files}:
+            return False
+        saved = load_json(path)
+        saved.pop("edits", None)
+        return saved == json.loads(json.dumps(described)) and all(
+            holds(path, self._tensors(name, small), {**self._made[name], **of}) for path, name in files.items()
+        )
+
+    def _tensors(self, name: str, small: bool) -> dict[str, torch.Tensor]:
+        """What is saved of an explainer as fitted."""
+        made = self._made[name]
+        b = made.get("start_block")
+        explainer = self.kmex[made["prototypes_per_class"]] if b is None else self.edits.fitted(b)[0]
+        tensors = dict(vars(explainer.prototypes))
+        if small:  # rows of q are near float16's smallest numbers; their largest becomes 1
+            tensors["unit"] = tensors["vectors"].abs().max()
+            tensors["vectors"] = (tensors["vectors"] / tensors["unit"]).half()
+        if b in self.refits:
+            refits = replace(self.refits[b], vectors=self.refits[b].vectors[: 0 if small else None])
+            tensors |= {f"refits_{key}": value for key, value in vars(refits).items()}
+        if b is not None:
+            nearest = self.edits.fitted(b)[1]
+            nearest = nearest.first() if small else nearest
+            tensors |= {f"nearest_{key}": value for key, value in vars(nearest).items()}
+            encoded = [self._encoded(b, k, rank, small) for k, rank in nearest.ranks()]
+            tensors["patches"] = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
+            tensors["patch_sizes"] = torch.tensor([len(part) for part in encoded])
+        return tensors
+
+    def _encoded(self, b: int, k: int, rank: int | str, small: bool) -> bytes:
+        """A patch as WebP, as it was loaded where it was: what was saved small does not get worse."""
+        drawn = self._drawn.get((b, k, rank), b"")
+        lossless = drawn[12:16] == b"VP8L"
+        return drawn if drawn and not (small and lossless) else _webp(self.patch(b, k, rank).pixels, small)
 
     @classmethod
     def load(
@@ -791,10 +831,16 @@ class Explained:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no saved explanation: give a folder that explained.save() wrote")
         settings = load_json(path)
-        if not isinstance(settings, dict) or not isinstance(settings.get("classes"), list):
+        parts = {"classes": list, "network": dict, "dataset": str}
+        whole = isinstance(settings, dict) and all(isinstance(settings.get(key), of) for key, of in parts.items())
+        edits = settings.pop("edits", []) if whole else []
+        if not whole or not isinstance(edits, list) or not all(isinstance(name, str) for name in settings["classes"]):
             raise ValueError(f"{path} is not of a whole saved explanation: save it again")
-        edits = settings.pop("edits", [])
         network = networks.load(folder, module, transform, weights)
+        if not set(settings.get("stand_in_classes", ())) <= set(range(len(network.classes))):
+            raise ValueError(
+                f"{path} is not of a whole saved explanation ({network.name} has other outputs): save it again"
+            )
         how = {key: settings[key] for key in ("held_out", "seed") if key in settings}
         dataset = None if images is None else opened(images, network, **how)
         explained, fingerprint = cls(network, dataset, settings), network.fingerprint
@@ -807,11 +853,22 @@ class Explained:
         for path in _explainer_files(folder):
             explained._load_explainer(path, fingerprint)
         if (folder / "table.csv").is_file():
-            import pandas as pd
-
-            explained.table = pd.read_csv(folder / "table.csv", index_col="model")
+            explained._load_table(folder / "table.csv")
         explained.edits.replay(edits)
         return explained
+
+    def _load_table(self, path: Path) -> None:
+        import pandas as pd
+
+        try:
+            content = path.read_text(encoding="utf-8")
+            table = pd.read_csv(io.StringIO(content), index_col="model")
+            missing = {self.name(b) for b in self.explainers} - {*table.index}
+            if missing or not content.endswith("\n"):
+                raise ValueError("it is cut short")
+        except (KeyError, ValueError) as error:  # pandas' own are of these
+            raise ValueError(f"{path} is no table of a saved explanation ({error}): save it again") from None
+        self.table = table[~table.index.astype(str).str.endswith(", edited")]  # the edits bring theirs
 
     def _load_explainer(self, path: Path, weights: str) -> None:
         tensors, made = load_tensors(path)
@@ -831,6 +888,8 @@ class Explained:
             if not torch.equal(prototypes.labels, expected) or len(prototypes) != len(expected):
                 raise ValueError(f"not {count} prototypes for each of {classes} classes")
             channels = sum(self._channels[-1 if b is None else b - 1 :])
+            if not torch.isfinite(prototypes.vectors).all():
+                raise ValueError("prototypes hold NaN or infinite values")
             if prototypes.vectors.shape[1:] != (channels,):
                 raise ValueError(f"prototypes of {list(prototypes.vectors.shape[1:])} channels, not {channels}")
             if b is None:
@@ -839,6 +898,7 @@ class Explained:
             self.explainers[b] = EncoderKMeans(prototypes, classes, b, _of(Normalisation, made))
             tensors.setdefault("nearest_examples", torch.empty(len(prototypes), 0, 2, dtype=torch.int64))  # as of old
             self.nearest[b] = _of(Nearest, tensors, "nearest_")
+            self.nearest[b].check(len(prototypes))
             if "refits_kept" in tensors:
                 self.refits[b] = _of(Refits, tensors, "refits_")
                 if self.refits[b].vectors.shape[1:] != prototypes.vectors.shape:

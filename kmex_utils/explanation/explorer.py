@@ -14,6 +14,7 @@ import numpy as np
 
 from ..data.input import Box
 from ..drawing import COLOURED, GREY, data_url, palette, png
+from ..parameters import whole
 from . import gallery
 from .interpretation import EXAMPLES
 from .overlay import original
@@ -66,6 +67,18 @@ class Explorer:
             predict = traitlets.Bool(False).tag(sync=True)  # asked for predictions of all images
             still = traitlets.Unicode().tag(sync=True)
 
+            @traitlets.validate("choice", "selected", "wanted")
+            def _checked(self, proposal: Any) -> Any:
+                """Of what a page sends: a TraitError in one line, and all stays as it was."""
+                try:
+                    check(proposal["trait"].name, proposal["value"])
+                except (IndexError, KeyError, TypeError, ValueError) as error:
+                    raise traitlets.TraitError(
+                        f"{proposal['trait'].name} cannot be {proposal['value']!r}: {error}"
+                    ) from None
+                return proposal["value"]
+
+        check = self._check
         choice = {"image": self._image, "start_block": self._start_block, "target": "", "minus": ""}
         widget = Panels(
             about=about(self.explained),
@@ -80,6 +93,25 @@ class Explorer:
         widget.observe(self._predict, "predict")
         return widget
 
+    def _check(self, name: str, value: Any) -> None:
+        """An error where a value of the widget's ``choice``, ``selected`` or ``wanted`` is not one to choose."""
+        if name == "choice":
+            whole(0, len(self.images) - 1, image=value["image"])
+            if value["start_block"] not in self.explained.explainers:
+                raise ValueError(f"start_block must be one of {self.explained.start_blocks}")
+            self._outputs(value)
+        elif name == "wanted":
+            for i in value:
+                whole(0, len(self.images) - 1, image=i)
+        else:
+            block = getattr(self, "_shown", self._start_block)
+            whole(-1, len(self.explained.explainers[block].prototypes) - 1, prototype=value)
+
+    def _outputs(self, choice: dict[str, Any]) -> list[str]:
+        target = [choice["target"], *([choice["minus"]] if choice["minus"] else [])]
+        self.explained.network.targets(target)
+        return target
+
     def _rows(self) -> list[dict[str, Any]]:
         """Name of each image and, where they are known, its label and what is predicted for it."""
         rows: list[dict[str, Any]] = [{"name": name} for name in self._names]
@@ -93,8 +125,8 @@ class Explorer:
         return rows
 
     def _chosen(self, choice: dict[str, Any]) -> dict[str, Any]:
-        target = [choice["target"], *([choice["minus"]] if choice["minus"] else [])]
-        return view(self.explained, self.images[choice["image"]], choice["start_block"], target)
+        self._shown = choice["start_block"]
+        return view(self.explained, self.images[choice["image"]], choice["start_block"], self._outputs(choice))
 
     def _show(self, change: Any) -> None:
         with self.widget.hold_sync():

@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..data.folders import listed
+from ..data.folders import apart, listed
 from ..data.reading import Reading, read_many, readable
 from ..hardware import pick_device
-from ..store import clean, load_json, replacing, save_json
+from ..parameters import whole
+from ..paths import expanded
+from ..store import alone, clean, load_json, replacing, save_json, short
 
 try:
     import pyarrow as pa
@@ -51,7 +53,8 @@ def export(
 
     ``images.parquet``
         a row for each image: file (what UTF-8 cannot hold and control characters are escaped), the network's class and
-        score, the ``target`` of the attribution, each explainer's class, the ``error`` of one that cannot be read;
+        score, the ``target`` of the attribution, each explainer's class, the ``error`` of one that cannot be read; of
+        names of more than 200 bytes ``maps`` have the first 150 and a hash (:func:`kmex_utils.store.short`);
     ``segments.parquet``
         a row for each image, explainer and prototype in its map: class, share of the positions, attribution to the
         target, the segment's contribution to its score (both empty where eq. 11 does not hold), which over the segments
@@ -87,23 +90,45 @@ def export(
     largest = max(len(explained.explainers[b].prototypes) for b in explained.start_blocks)
     if maps == "png" and largest > WHITE + 1:
         raise ValueError("more than 65,536 prototypes do not fit a 16-bit PNG: use maps='npz'")
-    folder, root = Path(folder).expanduser(), Path(images).expanduser()
+    whole(1, batch_size=batch_size)
+    chosen = pick_device(device)
+    folder, root = expanded(folder), expanded(images)
     if folder.exists() and not resume:
         raise FileExistsError(f"{folder} exists: choose another folder, or give resume=True to continue in it")
     files = listed(root, log)
+    if maps == "png":
+        apart(folder, root)
     made_by = {**explained.settings, "images": str(root.resolve()), "maps": maps, "batch_size": batch_size}
     made_by["target"] = explained.network.targets(target)
     made_by |= {"weights": explained.network.fingerprint, "files": _digest(_states(root, files))}
     made_by["prototypes"] = _digest(e.prototypes.vectors.numpy().tobytes() for e in explained.explainers.values())
     made_by |= {"edits": explained.edits.done} if explained.edits.done else {}
     settings = folder / "settings.json"
-    if settings.exists() and load_json(settings) != json.loads(json.dumps(made_by)):
-        raise ValueError(f"{folder} holds an export of other images or settings: choose another folder")
-    clean(folder)
-    save_json(settings, made_by)
+    with alone(folder):
+        if settings.exists() and load_json(settings) != json.loads(json.dumps(made_by)):
+            raise ValueError(f"{folder} holds an export of other images or settings: choose another folder")
+        clean(folder)
+        save_json(settings, made_by)
+        _write(explained, folder, root, files, target, maps, batch_size, chosen)
+    errors = pq.read_table(folder / "images.parquet", columns=["file", "error"]).to_pylist()
+    for line in Reading(len(files), [(row["file"], row["error"]) for row in errors if row["error"]]).lines():
+        log(line)
+    return folder
+
+
+def _write(
+    explained: "Explained",
+    folder: Path,
+    root: Path,
+    files: Sequence[Path],
+    target: "Target",
+    maps: str,
+    batch_size: int,
+    chosen: torch.device,
+) -> None:
+    """The maps and both tables, unless they are there."""
     schemas, parts = _schemas(explained), folder / "parts"
     if not all((folder / f"{table}.parquet").exists() for table in schemas):
-        chosen = pick_device(device)
         explained.network.to(chosen)
         try:
             for i in tqdm(range(0, len(files), batch_size), desc="export", unit="batch"):
@@ -120,10 +145,6 @@ def export(
                 for path in sorted(parts.glob(f"{table}-*.parquet")):  # one by one: never all rows in memory
                     writer.write_table(pq.read_table(path))
         shutil.rmtree(parts)
-    errors = pq.read_table(folder / "images.parquet", columns=["file", "error"]).to_pylist()
-    for line in Reading(len(files), [(row["file"], row["error"]) for row in errors if row["error"]]).lines():
-        log(line)
-    return folder
 
 
 def _schemas(explained: "Explained") -> dict[str, pa.Schema]:
@@ -184,7 +205,7 @@ def _batch(
                 segments.append(dict(segment))
             if attributed:
                 arrays[f"attribution_{name}"] = attributed.maps[b][n].numpy()
-        _save_maps(folder / names[i], arrays, maps, image)
+        _save_maps(folder / "/".join(map(short, names[i].split("/"))), arrays, maps, image)
     return images, segments
 
 

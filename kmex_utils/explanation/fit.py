@@ -16,6 +16,9 @@ from ..method.explainers import block_name
 from ..method.measures import accuracy, cosine_alignment
 from ..networks import Network
 from ..networks.network import network as to_explain
+from ..parameters import whole
+from ..paths import expanded
+from ..store import writable
 from .explained import Explained, opened
 from .gallery import network_classes, relabelled
 from .passed import SPLITS, Passed
@@ -44,6 +47,7 @@ def explain(
     batch_size: int = 32,
     scratch: str | Path | None = None,
     log: Callable[[str], None] = print,
+    check: Callable[[dict[str, Any]], None] | None = None,
     **taken_in: Any,
 ) -> Explained:
     """Prototypes of a frozen network from a folder of images; nothing is trained.
@@ -78,6 +82,8 @@ def explain(
         there either are computed anew whenever they are read, and the output says so.
     log
         Gets one line for each thing worth saying.
+    check
+        Gets the settings before the computation, which an error it raises prevents.
 
     Raises
     ------
@@ -88,16 +94,19 @@ def explain(
         network = to_explain(network, **taken_in)
     elif taken_in:
         raise ValueError(f"{', '.join(taken_in)}: options of kmex_utils.network(), give them there")
+    whole(start_block=start_block, fit_on=fit_on, seed=seed)
+    whole(1, prototypes_per_class=prototypes_per_class, batch_size=batch_size)
+    whole(1, 1000, restarts=restarts)
     blocks = len(network.blocks)
     first = start_block or max(1, blocks - 2)
     block_name(first, blocks)  # refuses a block that is not there
     normalisation = Normalisation(norm, scale, align_corners, grid)
-    if prototypes_per_class < 1:
-        raise ValueError(f"prototypes_per_class (K/C) must be at least 1, got {prototypes_per_class}")
     chosen = pick_device(device)
-    if scratch and not Path(scratch).expanduser().is_dir():
+    if scratch and not expanded(scratch).is_dir():
         raise FileNotFoundError(f"scratch must be a folder that exists, got {scratch}")
-    scratch = Path(scratch).expanduser() if scratch else None
+    scratch = expanded(scratch) if scratch else None
+    if scratch:
+        writable(scratch)
     if network.assumed:
         log(f"images enter {network.name} as {network.preprocessing()}")
     dataset = opened(images, network, held_out=held_out, seed=seed, scratch=scratch, log=log)
@@ -105,7 +114,7 @@ def explain(
         **network.settings(),
         "dataset": dataset.name,
         "data": dataset.settings,
-        "folder": str(Path(images).expanduser().absolute()) if isinstance(images, str | Path) else "",
+        "folder": str(expanded(images).absolute()) if isinstance(images, str | Path) else "",
         "start_block": first,
         "prototypes_per_class": prototypes_per_class,
         "held_out": dataset.settings.get("held_out", 0.0),
@@ -123,6 +132,8 @@ def explain(
                 f"class {name!r} has {count} images to make prototypes from, fewer than K/C = {prototypes_per_class}: "
                 "lower prototypes_per_class or held_out, or add images"
             )
+    if check:
+        check(settings)
     if network.note:
         log(f"{network.name}: {network.note}")
     if network.form == "gated":

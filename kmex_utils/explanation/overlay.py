@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from ..data.input import Box
-from ..data.reading import rgb
+from ..data.reading import opened, rgb
 from ..drawing import coloured, diverging
 from ..networks import Network
 from ..networks.network import Target
+from ..paths import expanded
 
 if TYPE_CHECKING:
     from .explained import AnyImage, Explained
@@ -69,9 +70,9 @@ def original(explained: "Explained", image: "AnyImage") -> tuple[np.ndarray, Box
     """
     picture, input = explained.picture(image), explained.network.input
     file = Path(explained.settings.get("folder") or ".") / picture.name if picture.split else image
-    if isinstance(file, str | Path) and Path(file).expanduser().is_file():
-        with Image.open(Path(file).expanduser()) as opened:
-            upright = rgb(opened, input.window)[0]
+    if isinstance(file, str | Path) and expanded(file).is_file():
+        with opened(expanded(file)) as stored:
+            upright = rgb(stored, input.window)[0]
     elif isinstance(image, Image.Image):
         upright = rgb(image, input.window)[0]
     else:

@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..drawing import data_url
-from ..store import save_text
+from ..store import new_file, save_text
 from .explorer import HERE, about, in_parts, patches, prototype, view
 from .overlay import original
 
@@ -42,8 +42,7 @@ def write(
     overwrite: bool,
 ) -> Path:
     """Write the explorer of some images as one file, as :meth:`Explained.page` says."""
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another name, or give overwrite=True")
+    new_file(path, overwrite)
     if isinstance(images, int):
         of = len(explained.dataset.test) or len(explained.names) if explained.dataset else 0
         images = _evenly(range(of), min(images, of))

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..drawing import data_url, png
-from ..store import save_text
+from ..store import new_file, save_text
 from .edits import left_of
 from .figure1 import figure1
 from .interpretation import EXAMPLES
@@ -56,8 +56,9 @@ def write(
     FileExistsError, ValueError
         The file exists; or even the smallest report is larger than ``max_bytes``.
     """
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another name, or give overwrite=True")
+    new_file(path, overwrite)
+    if isinstance(panels, str | int):
+        raise TypeError(f"panels are a list of images, got {panels!r}: give [{panels!r}]")
     drawn = [_panel(explained, image, target) for image in panels]
     shown = len(explained.classes)
     known = _known(explained)

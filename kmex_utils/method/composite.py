@@ -40,8 +40,12 @@ class Normalisation:
     grid: str = "shallowest"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.align_corners, bool):
+            raise ValueError(f"align_corners must be True or False, got {self.align_corners!r}")
         for name, allowed in (("norm", NORMS), ("scale", SCALES), ("grid", GRIDS)):
-            if getattr(self, name) not in allowed and not (name == "scale" and self._weights()):
+            if getattr(self, name) not in allowed and not (
+                name == "scale" and isinstance(self.scale, str) and self._weights()
+            ):
                 weights = ", or weights such as 4,2,1" if name == "scale" else ""
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}{weights}, got {getattr(self, name)!r}")
 

@@ -208,6 +208,8 @@ def fit_head(module: nn.Module, state: State, head: str, classes: Sequence[str],
     if classes and len(classes) != len(weight):
         raise ValueError(f"{len(classes)} class names, but the head {head!r} in {path} has {len(weight)} outputs")
     bias, shape = f"{head}.bias" in state, (linear.out_features, linear.in_features)
+    if len(weight) == 0:
+        raise ValueError(f"the head {head!r} in {path} has no outputs: give weights of a network with classes")
     if weight.shape[1] == linear.in_features and (weight.shape != shape or bias != (linear.bias is not None)):
         module.set_submodule(head, nn.Linear(linear.in_features, len(weight), bias=bias))
 
@@ -222,6 +224,9 @@ def load_into(
     expected, state = module.state_dict(), fitting(module, content, path)
     differences = []
     for key, value in state.items():
+        if value.is_meta or value.layout != torch.strided:
+            what = "a meta tensor, without values" if value.is_meta else f"of layout {value.layout}"
+            raise ValueError(f"{path} holds no dense weights ({key} is {what}): save the dense state dict")
         if key in expected and value.shape != expected[key].shape:
             differences.append(f"{key} is {list(value.shape)}, not {list(expected[key].shape)}")
         elif key in expected and expected[key].is_floating_point() and not value.is_floating_point():

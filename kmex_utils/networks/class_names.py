@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..paths import expanded
+
 FORMS = "`classes` is a list of names, a dictionary by index, or a text file with one a line or a JSON file of either"
 
 
@@ -26,7 +28,7 @@ def class_names(classes: Iterable[Any] | Mapping[Any, Any] | str | Path) -> tupl
     if isinstance(classes, str | Path):
         if not str(classes):
             return ()
-        path = Path(classes).expanduser()
+        path = expanded(classes)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: {FORMS}")
         text = _text(path)

@@ -92,13 +92,24 @@ class Network(nn.Module):
         if kinds:
             kind = str(kinds.pop()).removeprefix("torch.")
             raise ValueError(f"{self.name} has {kind} weights, explanations are float32: give module.float()")
+        for key, parameter in module.named_parameters():
+            if parameter.is_meta or parameter.layout != torch.strided:
+                what = "without values (meta)" if parameter.is_meta else f"of layout {parameter.layout}"
+                raise ValueError(f"{self.name} has weights {what} ({key} …): give a module with dense weights")
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"{self.name} holds NaN or infinite weights ({key} …): give other weights")
         self.module = module
         self.eval().requires_grad_(False)
         trace = Trace(self.module, input, self.name)
         self._head = head_of(trace, head)
         self.head, self.form, self.between = self._head.name, self._head.form, self._head.between
         self.activation, self.note = self._head.activation, self._head.note
-        named = trace.blocks(blocks, self._head.cuts, self._head.h[1].grid, self._head.time)
+        named = trace.blocks(
+            [blocks] if isinstance(blocks, str) else [*map(str, blocks)],
+            self._head.cuts,
+            self._head.h[1].grid,
+            self._head.time,
+        )
         self.blocks = (*named, trace.encoder(self._head.time))
         before = [(call.tap, call.layout) for call in named.values()]
         self._places: list[tuple[Tap, Layout | None]] = [*before, self._head.h, (self._head.y, None)]  # x(1) …, h, y
@@ -231,7 +242,7 @@ class Network(nn.Module):
 
         None stands for the class predicted for an image, which an empty name or None asks for.
         """
-        names = [target] if target is None or isinstance(target, str | int | np.integer) else list(target)
+        names = list(target) if isinstance(target, Sequence) and not isinstance(target, str) else [target]
         if len(names) not in (1, 2):
             raise ValueError(f"target must be a class, or two of which the second is subtracted, got {len(names)}")
         outputs = [None if name is None or name == "" else self.output(name) for name in names]
@@ -381,6 +392,8 @@ def network(
         given = read_off(transform) | {key: value for key, value in given.items() if value}
         if not ("mean" in given and "std" in given):
             raise ValueError(f"mean and std of {name_of(transform)} cannot be read off it: give mean= and std=")
+    if not isinstance(model, str | Path | nn.Module):
+        raise TypeError(f"model is a name, a folder or an nn.Module, got {model!r}")
     names, name = class_names(classes), ""
     weights = str(weights) if isinstance(weights, Path) else weights
     path = weights if isinstance(weights, str) else "the given mapping"

@@ -17,6 +17,7 @@ from .. import data, networks, paths
 from ..data import Dataset
 from ..explanation.explained import Explained
 from ..networks import Network
+from ..parameters import whole
 from ..store import load_json, load_tensors, save_json, save_tensors
 
 
@@ -31,6 +32,7 @@ class Run:
     @classmethod
     def of(cls, runs: str | Path, dataset: str, seed: int) -> "Run":
         """A run by names; relative ``runs`` start at the repository's root."""
+        whole(seed=seed)
         return cls(paths.resolve(runs), paths.folder_name(dataset), seed)
 
     @classmethod

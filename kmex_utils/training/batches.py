@@ -12,9 +12,7 @@ Device = torch.device | str
 def training_batches(
     dataset: Dataset, batch_size: int, seed: int, epoch: int, flip: float = 0, padding: int = 0, device: Device = "cpu"
 ) -> Batches:
-    """One epoch, without a last incomplete batch; a ValueError for bad augmentation."""
-    if not 0 <= flip <= 1 or padding < 0:
-        raise ValueError(f"flip must be a probability and padding pixels, got {flip} and {padding}")
+    """One epoch, without a last incomplete batch."""
     generator = epoch_generator(seed, epoch)
     for index in shuffled(len(dataset.train), batch_size, generator):
         pixels = torch.from_numpy(np.array(dataset.train.pixels[index.numpy()])).to(device)

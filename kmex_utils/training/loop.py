@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..data.dataset import Batches, Dataset
 from ..hardware import training_dtype
-from ..store import load_tensors, save_tensors
+from ..store import load_tensors, save_tensors, writable
 from .batches import training_batches
 
 CPU = torch.device("cpu")
@@ -58,6 +58,11 @@ class Training:
         images, batch_size = len(self.dataset.train), self.options.batch_size
         if images < batch_size:
             raise ValueError(f"{images} training images are fewer than one batch of {batch_size}; lower batch_size")
+        side = max(self.dataset.input.size)
+        if not 0 <= self.flip <= 1 or not 0 <= self.padding <= side:
+            what = f"flip must be a probability and padding pixels, at most the image's {side}"
+            raise ValueError(f"{what}; got {self.flip} and {self.padding}")
+        writable(self.checkpoint.parent)
         self.count = images // batch_size  # batches of a pass
         self.dtype = training_dtype(self.precision, self.device)
         self.network.to(self.device).train().requires_grad_(True)
