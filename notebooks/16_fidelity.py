@@ -18,12 +18,16 @@
 # # 16. What depth buys: semantic fidelity against accuracy
 #
 # The paper's thesis is a trade-off: shallower blocks cost accuracy and give maps that follow the parts of an object.
-# Table 2 measures the price. Here is what is bought with it, on images whose parts are known.
+# [Table 2](07_accuracy.ipynb) measures the price. Here is what is bought with it, on images whose parts are known. What
+# is said of results below holds of a frozen ResNet with ImageNet weights and 23 classes of CUB-200
+# ([tables](../figures/resnet/frozen/cub200/fidelity.csv)); the digits have no parts.
 #
 # Every visible part of an image lies in some segment of its map. If prototypes mean parts, the prototype tells the
 # part. Each prototype is called by its most frequent part on the *training* images; on the *test* images
 #
-# - **NMI_m** and **ARI_m** say how much the called part tells of the true one, **purity** how often it is right;
+# - **NMI_m** and **ARI_m** say how much the called part $\hat t$ tells of the true part $t$, **purity** how often it is
+#   right:
+#   $\;\mathrm{NMI}_m = \dfrac{2\, I(t; \hat t)}{H(t) + H(\hat t)}, \quad \mathrm{purity} = P(\hat t = t)$;
 # - the **null** is the same after shuffling the positions of every map: what a map of no meaning would get;
 # - the **position baseline** calls each place by the part that lies nearest on average: below it, a map says no more
 #   than that birds are in the middle;
@@ -59,9 +63,8 @@ from kmex_utils.paper.runs import Run, trained_seeds
 
 settings = parameters.check(globals())
 if named not in prototypes_per_class:
-    raise ValueError(
-        f"named must be one of prototypes_per_class, {prototypes_per_class}, got {named}"
-    )
+    choices = f"prototypes_per_class, {prototypes_per_class}"
+    raise ValueError(f"named must be one of {choices}, got {named}")
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
 seeds, last = seeds or trained_seeds(runs, dataset), max(start_blocks)
 all_runs = [Run.of(runs, dataset, seed) for seed in seeds]
@@ -89,15 +92,16 @@ parts = parts_of(images, annotations)
 # ## What is measured of a map
 #
 # Its fidelity as it is, and resampled to the last block's grid, which all maps share: scores at parts depend on the
-# grid. Beside it the accuracy of its prediction (eq. 10).
+# grid. Beside it the accuracy of its prediction (eq. 10). The scores themselves are `agreement` and `fidelity` in
+# [fidelity.py](../kmex_utils/evaluation/fidelity.py).
 
-# %%
+# %% tags=["hide-input"]
 from kmex_utils.evaluation import fidelity as f
 from kmex_utils.method.measures import accuracy
 
 
 def of_maps(maps, prototypes, coarse):
-    """Fidelity of maps as they are, and on the common grid, as (grid, metric, value)."""
+    """Fidelity of maps as they are and on the common grid: (grid, metric, value)."""
     own = f.fidelity(maps, parts, prototypes)
     common = f.fidelity(
         {split: f.resampled(q_s, coarse) for split, q_s in maps.items()},
@@ -126,7 +130,7 @@ def predicted(explainer, maps, passed):
 # %% [markdown]
 # With only a class's own prototypes in competition, the map of an image of known class.
 
-# %%
+# %% tags=["hide-input"]
 import torch
 
 
@@ -167,7 +171,7 @@ def own_class(explainer, passed, split):
 # *Huang et al. 2023*). Consistency: near it, one part lies in 80 % of the images. Stability: noise does not change the
 # parts near it. Patch purity (PIP-Net): its ten nearest patches hold the same part.
 
-# %%
+# %% tags=["hide-input"]
 from dataclasses import replace
 
 from kmex_utils.method.operator import CompositeRows
@@ -217,7 +221,7 @@ def sameness(explainer, passed, noisy, first):
 # The start blocks, each factor of eq. 8 and each $K/C$, from one pass through each network. The named points, at one
 # $K/C$, are refitted from other seeds of k-means.
 
-# %%
+# %% tags=["hide-input"]
 import time
 
 import pandas as pd
@@ -294,9 +298,9 @@ for run in all_runs:
                     of_maps(alone, len(explainer.prototypes), coarse)[1],
                     **{**of, "of": "own class"},
                 )
-            print(
-                f"seed {run.seed}, {block_name(b, last)}, {scale}, refit {refit}: {time.perf_counter() - start:.0f} s"
-            )
+            seconds = time.perf_counter() - start
+            point = f"seed {run.seed}, {block_name(b, last)}, {scale}, refit {refit}"
+            print(f"{point}: {seconds:.0f} s")
 
 # %% [markdown]
 # ## What a finer grid alone gives
@@ -333,7 +337,7 @@ for seed, passed in passes.items():
 # the last. Nothing is chosen on test images: prototypes come from four fifths of the training images, and accuracy and
 # fidelity from the last fifth.
 
-# %%
+# %% tags=["hide-input"]
 from kmex_utils.data import held_out
 
 
@@ -376,10 +380,10 @@ save_text(folder / "weights.csv", surface.to_csv(index=False, float_format="%.6g
 surface.groupby(["model", "scale"], sort=False)[["accuracy", "nmi"]].mean().round(1)
 
 # %% [markdown]
-# B234's plane: the last block weighs 1. Equal weights lie in the middle; the printed factor, 4 and 2, in a corner. The
-# more the blocks before it weigh, the less accurate; what that buys comes from block 3.
+# The same for B234 as a plane, in which the last block weighs 1. Equal weights lie in the middle; the printed factor, 4
+# and 2, in a corner.
 
-# %%
+# %% tags=["hide-input"]
 import matplotlib.pyplot as plt
 import seaborn
 
@@ -414,6 +418,9 @@ if len(of_plane):
     drawing.save(figure, folder / "weights")
 
 # %% [markdown]
+# The more the earlier blocks weigh, the less accurate. What that buys in NMI_m comes with the weight of block 3; block
+# 2 buys nothing ([figure](../figures/resnet/frozen/cub200/weights.png)).
+#
 # Chosen: of the weights within a point of the highest accuracy on the held-out training images, those with the most
 # NMI_m. They are then fitted to all training images and measured on the test images like the others.
 
@@ -485,7 +492,7 @@ for seed, passed in passes.items():
 #
 # The baseline by the same measures on its own grid: each position has the learned prototype that is nearest.
 
-# %%
+# %% tags=["hide-input"]
 from kmex_utils.training import protopnet
 
 
@@ -535,17 +542,20 @@ for run in all_runs if baseline else ():
         )
     ]
     values += [("", "patch_purity", f.patch_purity(near, parts["test"]))]
-    values += [("", r["metric"] + "_test", r["value"]) for r in run.results("protopnet", "05_protopnet")
-               if r["split"] == "test" and r["model"] == "ProtoPNet"]  # fmt: skip
+    values += [
+        ("", r["metric"] + "_test", r["value"])
+        for r in run.results("protopnet", "05_protopnet")
+        if r["split"] == "test" and r["model"] == "ProtoPNet"
+    ]
     note(values, **of, refit=0)
 
 # %% [markdown]
 # ## The numbers
 #
 # Saved as they are; here the named points, as means over seeds and refits, in %. Read `nmi` and `purity` beside their
-# nulls and the position baseline, and `accuracy_test` beside the CNN's.
+# nulls, and `accuracy_test` beside the CNN's.
 
-# %%
+# %% tags=["hide-input"]
 records = pd.DataFrame(rows)
 records = records.assign(
     of=records["of"].fillna("all classes") if "of" in records else "all classes"
@@ -573,7 +583,11 @@ means = at_named.pivot_table(
 means.reindex(columns=metrics).round(1)
 
 # %% [markdown]
-# What says less, and what could be said at most.
+# All explainers are far above their nulls, so prototypes mean something. Of the points with the last block alone or
+# with equal weights, B34 and B234 have some three points of NMI_m more than B4, at about its accuracy. With the printed
+# factor B34 has a point or two more again and loses ten points of accuracy; B234 falls below B4 on both.
+#
+# What says less, and what could be said at most:
 
 # %%
 others = records[records.model.str.startswith(("position", "ceiling"))]
@@ -582,12 +596,16 @@ others.pivot_table(index=["model"], columns="metric", values="value", sort=False
 )
 
 # %% [markdown]
+# The position baseline is about as good as B4: B4's maps tell hardly more of a part than where it lies in the picture.
+# The ceilings are several times higher, so the grid is not what limits the maps.
+
+# %% [markdown]
 # ## Which differences are there?
 #
 # Pairs of named points on the same test images, in points of NMI_m and purity, with a 95 % interval over images drawn
 # with replacement. One has *more fidelity* than another where the interval excludes zero in every seed.
 
-# %%
+# %% tags=["hide-input"]
 coarse_of = {
     block_name(b, last): f"B{last} on the grid of B{b}"
     for b in start_blocks
@@ -644,6 +662,11 @@ of_pair.agg(
 ).round(1)
 
 # %% [markdown]
+# Compare each row of B34 and B234 with the one beside *B4 on the grid of* the same block. With equal weights little is
+# left, a point or less: most of what depth seems to buy is the finer grid. What remains beyond it comes from block 3
+# with a smaller factor for block 4, at the price of accuracy. B234 has no more than B34 under any factor.
+
+# %% [markdown]
 # ## The frontier
 #
 # To the right it costs more accuracy, upwards it says more of parts. Each line is a factor of eq. 8 from B4 over B34 to
@@ -656,3 +679,9 @@ from kmex_utils.paper.figures import frontier
 figure = frontier(records, named)
 drawing.save(figure, folder / "frontier")
 figure
+
+# %% [markdown]
+# On the birds ([figure](../figures/resnet/frozen/cub200/frontier.png)) the printed factor's line runs to the right, and
+# in its last step down: block 2 costs accuracy and fidelity. The line of equal weights stays at the left. More
+# prototypes move every line up and to the left, so they buy more than depth does: B34 with equal weights and 20 a class
+# dominates the paper's B4 and B234 at 10. So the trade-off of the paper's pictures is there for block 3, and small.

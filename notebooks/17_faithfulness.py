@@ -17,9 +17,14 @@
 # %% [markdown]
 # # 17. Does the attribution point at what the network uses?
 #
-# The paper's attribution (eq. 11) is averaged over segments, depth after depth. Here pixels are taken away in the order
-# of an attribution, and the probability of the predicted class is watched: the sooner it falls, the more the pixels
-# that went first mattered. Ours from every start block stand beside what is in use, and beside controls.
+# The paper's attribution (eq. 11) is averaged over segments, depth after depth ([notebook 9](09_interpretation.ipynb)).
+# Here pixels are taken away in the order of an attribution, and the probability $P_j$ of the predicted class is
+# watched. With $x_s$ the image without the highest share $s$ of pixels,
+#
+# $$\mathrm{deletion} = \int_0^1 P_j(x_s)\,ds :$$
+#
+# the sooner the probability falls, the more the pixels that went first mattered. Ours from every start block stand
+# beside what is in use, and beside controls.
 #
 # | measure | what happens | good |
 # |---|---|---|
@@ -31,6 +36,8 @@
 #
 # Attributions of maps are constant on a segment. So pixels of equal attribution go together, and areas are taken over
 # the share of pixels that has actually gone. Every number has a null beside it: **the same pieces in random order**.
+# The measures are functions of [faithfulness.py](../kmex_utils/evaluation/faithfulness.py). The defaults are quick:
+# five images show how it works, not who wins.
 
 # %% tags=["parameters"]
 # What the paper leaves open
@@ -66,16 +73,15 @@ all_runs = [
     Run.of(runs, dataset, seed) for seed in seeds or trained_seeds(runs, dataset)
 ]
 if min(images, steps, rise_masks) < 2:
-    raise ValueError(
-        f"images, steps and rise_masks must be at least 2, got {images}, {steps} and {rise_masks}"
-    )
+    least = "images, steps and rise_masks must be at least 2"
+    raise ValueError(f"{least}, got {images}, {steps} and {rise_masks}")
 
 # %% [markdown]
 # ## The images
 #
 # Prototypes come from training images alone; the test images are drawn by the training's seed.
 
-# %%
+# %% tags=["hide-input"]
 from dataclasses import replace
 
 import torch
@@ -119,7 +125,7 @@ def some(whole, seed):
 # For each factor the prototypes of every start block, from one pass; of the first factor some more fits from other
 # seeds, whose differences are the noise floor.
 
-# %%
+# %% tags=["hide-input"]
 from kmex_utils.evaluation import faithfulness
 from kmex_utils.explanation.explained import Explained
 from kmex_utils.explanation.passed import Passed
@@ -187,6 +193,10 @@ kept = pd.DataFrame(kept).rename_axis("fill").rename_axis("seed", axis=1)
 kept.map(lambda ends: "{:.3f} to {:.3f}".format(*ends))
 
 # %% [markdown]
+# On digits a blurred image keeps most of the probability: what is left of a digit still looks like one. So read the
+# columns with the mean colour, and take the blurred ones as a warning that a fill decides what a curve can show.
+
+# %% [markdown]
 # ## Measured
 #
 # A record for each measure of an attribution. The null of ours are its own segments in random order; of other
@@ -194,7 +204,7 @@ kept.map(lambda ends: "{:.3f} to {:.3f}".format(*ends))
 # share of the image, of exact deletion the straight line. Both random orders are controls, too; of the other two one
 # sees no image, one no network.
 
-# %%
+# %% tags=["hide-input"]
 rows, nulls, costs = [], {}, []
 
 
@@ -224,14 +234,14 @@ for seed, bench in benches.items():
 # %% [markdown]
 # Ours, with the seconds of an image, its pass included. Of B4 all factors are the same.
 
-# %%
+# %% tags=["hide-input"]
 import time
 
 from kmex_utils.method.attribution import attribution, carried
 
 
 def attributed(explained, bench, b):
-    """The map q_s(b:) and att(b:) of the images, from that network's activations and the bench's classes."""
+    """The map q_s(b:) and att(b:) of the images, for the bench's classes."""
     part = Explained(explained.network, None, explained.settings)
     part.explainers = {
         other: explainer
@@ -273,7 +283,7 @@ for seed, bench in benches.items():
 # of a seventh of the side, half of it apart) as they come, added up over channels. LayerCAM is captum's gradient times
 # activation, its positive part added up over channels, at the last block and at the second. RISE follows its paper.
 
-# %%
+# %% tags=["hide-input"]
 from captum.attr import (
     IntegratedGradients,
     LayerGradCam,
@@ -426,6 +436,9 @@ values.pivot_table(index="shown", columns="measure", values="value", sort=False)
 )
 
 # %% [markdown]
+# Do not compare these values between methods: one that goes pixel by pixel and one that goes quarter by quarter have
+# curves of other shapes, whatever their order.
+#
 # The same less the null. Large pieces give another curve than pixels whatever their order, so this is what can be
 # compared between grids: where it is zero, the order says nothing.
 
@@ -436,7 +449,12 @@ margins.pivot_table(
 ).round(3)
 
 # %% [markdown]
-# Differences smaller than the noise floor, the standard deviation over refits, are none.
+# Low is good for deletion and ROAD, so what works is negative there. On the digits the methods that ask the network
+# pixel by pixel or at block 2 are; B4, CAM and Grad-CAM are not. All three are eq. 11 on 2 x 2 positions, and each
+# position of $h$ has seen the whole digit: where it speaks most for the class is not where the strokes are. In exact
+# deletion, which takes rows of $h$ and not pixels, they are on the right side.
+#
+# Differences smaller than the noise floor, the standard deviation over refits, are none:
 
 # %%
 refitted = records[(records.scale == scales[0]) & records.measure.isin(values.measure)]
@@ -444,7 +462,7 @@ floor = refitted.groupby(["measure", "method", "seed"], sort=False)["value"].std
 floor.groupby(level=[0, 1], sort=False).mean().unstack(0).round(3)
 
 # %% [markdown]
-# The same of one map with ties in random order: the mean and the spread over orders beside ties that go together.
+# The same map under other orders of its tied pixels: the mean and the spread over orders, beside ties that go together.
 
 # %%
 broken = records[records.measure == "deletion, ties at random"].groupby(
@@ -460,8 +478,10 @@ together = (
 broken.join(together).round(3)
 
 # %% [markdown]
-# The sanity check: how far maps and attributions agree with the original's. Maps do not see the head, so they stay as
-# they are until the blocks go; attributions must fall at once.
+# A tool that ranks single pixels prints the first column, and another value for another order in memory. It measures
+# segments with holes, not the map.
+#
+# The sanity check: how far maps and attributions agree with the original's.
 
 # %%
 checked = records[records.measure.str.contains("Rand|Spearman")]
@@ -470,12 +490,16 @@ checked.pivot_table(
 ).round(2)
 
 # %% [markdown]
+# With a random head maps stay as they are, as they must: they do not see it. Attributions fall at once. As blocks go,
+# the maps fall too, B4's first. So both depend on the network and not on the image alone.
+
+# %% [markdown]
 # ## The picture
 #
 # A mark for each attribution, a line where its null lies. The bar is two standard errors of the difference between the
 # two, image by image: where it reaches the line, the order of the pieces says nothing. With few images most do.
 
-# %%
+# %% tags=["hide-input"]
 import matplotlib.pyplot as plt
 
 from kmex_utils import drawing
@@ -517,8 +541,15 @@ axes[0].set_yticks(range(len(names)), names)
 drawing.save(figure, folder / "faithfulness")
 
 # %% [markdown]
-# What an image costs, in seconds. Ours is the pass through the network and little more; what has to ask the network
-# again and again costs a hundred times that.
+# Most bars of ours reach their null: with five digits the order of their segments cannot be told from a random one.
+# Exact deletion is the exception. On images where an object has a place, the measures separate more; [notebook
+# 12](12_your_own_model.ipynb) takes them of your own.
+#
+# What an image costs, in seconds:
 
 # %%
 costs.groupby("shown", sort=False)["seconds"].mean().map("{:.3f}".format).to_frame()
+
+# %% [markdown]
+# Ours is the pass through the network and little more. What asks the network again and again, such as RISE or
+# Integrated Gradients, costs many times that.
