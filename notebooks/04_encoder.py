@@ -24,11 +24,12 @@
 # $$u^{(b)} = \mathrm{Upsample}(x^{(b)}), \qquad
 # q_h = \mathrm{Concatenate}\Bigl(\frac{u^{(b)}}{D_b\,\lVert u^{(b)}\rVert}\Bigr) \in \mathbb R^{R'\times\sum_b D_b}.$$
 #
-# [composite.py](../kmex_utils/method/composite.py) writes both as they stand, in two lines of a loop over blocks:
+# [composite.py](../kmex_utils/method/composite.py) writes both as they stand, in two lines of a loop over blocks
+# (`length` is $\lVert u^{(b)}\rVert$, `factor` is $1/D_b$):
 #
 # ```python
-# u = F.interpolate(x, grid, mode="bilinear", align_corners=normalisation.align_corners)  # eq. 7
-# parts.append(torch.where(length > 0, u / length, 0) * factor)                           # eq. 8
+# u = F.interpolate(x, grid, mode="bilinear", align_corners=align_corners)  # eq. 7
+# parts.append(torch.where(length > 0, u / length, 0) * factor)  # eq. 8
 # ```
 #
 # Prototypes are the class-wise $k$-means centroids of the *rows* of $q_h$. Every position goes to its closest prototype

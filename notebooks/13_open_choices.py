@@ -315,7 +315,7 @@ drawing.save(figure, folder / "ledger")
 
 # %% [markdown]
 # Where all marks of a model lie on one side of the line, seeds agree on the sign. For B234 they do in the rows of the
-# factor, well away from zero; B4 and B34 stay near it in all of them.
+# factor, well away from zero. B4 stays near it in all rows, and B34 in all but that of the other prediction.
 
 # %% [markdown]
 # ## The price of depth, under each reading

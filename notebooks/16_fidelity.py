@@ -662,9 +662,9 @@ of_pair.agg(
 ).round(1)
 
 # %% [markdown]
-# Compare each row of B34 and B234 with the one beside *B4 on the grid of* the same block. With equal weights little is
-# left, a point or less: most of what depth seems to buy is the finer grid. What remains beyond it comes from block 3
-# with a smaller factor for block 4, at the price of accuracy. B234 has no more than B34 under any factor.
+# Compare each row of B34 and B234 with the one beside *B4 on the grid of* the same block. With equal weights about a
+# point or less is left: most of what depth seems to buy is the finer grid. What remains beyond it comes where block 3
+# weighs more than block 4, at the price of accuracy. Under no factor has B234 more than B34.
 
 # %% [markdown]
 # ## The frontier
@@ -682,6 +682,6 @@ figure
 
 # %% [markdown]
 # On the birds ([figure](../figures/resnet/frozen/cub200/frontier.png)) the printed factor's line runs to the right, and
-# in its last step down: block 2 costs accuracy and fidelity. The line of equal weights stays at the left. More
-# prototypes move every line up and to the left, so they buy more than depth does: B34 with equal weights and 20 a class
-# dominates the paper's B4 and B234 at 10. So the trade-off of the paper's pictures is there for block 3, and small.
+# in its last step down: block 2 costs accuracy and fidelity. The line of equal weights stays at the left.
+# B34 with equal weights and 20 prototypes a class lies above and to the left of the paper's B4 and B234 at 10, so more
+# prototypes buy more than depth does. The trade-off of the paper's pictures is there for block 3, and small.

@@ -490,8 +490,10 @@ checked.pivot_table(
 ).round(2)
 
 # %% [markdown]
-# With a random head maps stay as they are, as they must: they do not see it. Attributions fall at once. As blocks go,
-# the maps fall too, B4's first. So both depend on the network and not on the image alone.
+# With a random head maps stay as they are, as they must: they do not see it. Attributions lose all correlation at once.
+# As blocks go, the maps of B34 and B234 fall, at last far below what a refit reaches. B4's stay on the digits, for four
+# positions in four segments are one partition whatever the prototypes. So where a map can tell, it depends on the
+# network and not on the image alone.
 
 # %% [markdown]
 # ## The picture

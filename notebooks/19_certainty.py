@@ -176,8 +176,10 @@ save_text(folder / "certainty.csv", table.to_csv(index=False, float_format="%.6g
 table.groupby(["model", "scale", "measure"], sort=False)[numbers].mean().round(3)
 
 # %% [markdown]
-# All values are above both controls, so maps are no accident of a seed. But they differ. On the digits B4 keeps nearly
-# nine positions in ten, B34 and B234 with the printed factor about six. With equal weights they keep eight to nine.
+# Positions keep their prototype far more often than under both controls, so maps are no accident of a seed. But they
+# differ. On the digits B4 keeps nearly nine positions in ten, B34 and B234 with the printed factor about six. With
+# equal weights they keep eight to nine. `class` is hardly above *shuffled* where one class fills the map: shuffling its
+# positions changes nothing there.
 #
 # The same as a picture: a mark for each training, its spread over refits as a bar.
 
@@ -277,6 +279,7 @@ figure.colorbar(
 drawing.save(figure, folder / "certainty-maps")
 
 # %% [markdown]
-# The dark positions lie between segments, where two prototypes are about equally close; the insides are bright. With
-# the printed factor whole parts of B234's maps are dark. So read the inside of a segment and distrust its border. To
-# see this of your own images, `explained.certainty()` adds it to every panel ([notebook 12](12_your_own_model.ipynb)).
+# With equal weights the dark positions lie between segments, where two prototypes are about equally close; the insides
+# are bright. With the printed factor whole parts of B234's maps are dark. So read the inside of a segment and distrust
+# its border. To see this of your own images, `explained.certainty()` adds it to every panel ([notebook
+# 12](12_your_own_model.ipynb)).
