@@ -68,6 +68,7 @@ settings = parameters.check(globals())
 #
 # Images are decoded and resized once. Each data set comes with a recipe, the paper's settings for it. `mnist-mini`
 # trains from scratch in minutes; [recipe.py](../kmex_utils/training/recipe.py) marks where it deviates.
+# Printed below are size, normalisation and recipe.
 
 # %%
 from dataclasses import asdict, replace

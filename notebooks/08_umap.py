@@ -57,11 +57,9 @@ if model == "CNN":
     source = "embeddings", "01_train"
 else:
     centroids, made_by = run.part("ProtoPNet-KMEx", "05_protopnet")
-    k, vectors, vector_labels = (
-        made_by["prototypes_per_class"],
-        centroids["vectors"],
-        centroids["labels"],
-    )
+    k = made_by["prototypes_per_class"]
+    vectors = centroids["vectors"]
+    vector_labels = centroids["labels"]
     source = "ProtoPNet-embeddings", "05_protopnet"
 z, labels = run.embeddings("train", *source)
 

@@ -142,10 +142,8 @@ from kmex_utils.method.measures import accuracy
 
 def study(passed, b, k, seed):
     whole = fit(passed, b, k, seed)
-    all_inertia, partition = (
-        total_inertia(passed, whole, b),
-        explained(passed, whole, b, "train")[0],
-    )
+    all_inertia = total_inertia(passed, whole, b)
+    partition = explained(passed, whole, b, "train")[0]
     for fraction, i in ((fraction, i) for fraction in fractions for i in range(draws)):
         index = draw(
             passed.labels["train"], whole.classes, fraction, k, seed=1000 * seed + i
@@ -179,10 +177,8 @@ rows = []
 for seed in seeds or trained_seeds(runs, dataset):
     run = Run.of(runs, dataset, seed)
     network = run.network()
-    k, blocks = (
-        prototypes_per_class or run.settings()["prototypes_per_class"],
-        len(network.blocks),
-    )
+    k = prototypes_per_class or run.settings()["prototypes_per_class"]
+    blocks = len(network.blocks)
     names = {0: "KMEx"} | {
         b: block_name(b, blocks) for b in sorted(start_blocks, reverse=True)
     }

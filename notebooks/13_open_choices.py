@@ -200,10 +200,8 @@ from kmex_utils.method.measures import cosine_alignment
 
 options = {"all": ("default", ""), "nearest": ("pairs", "nearest")}
 for run in all_runs:
-    counts, (z, labels) = (
-        (1, run.settings()["prototypes_per_class"]),
-        run.embeddings("train"),
-    )
+    counts = (1, run.settings()["prototypes_per_class"])
+    z, labels = run.embeddings("train")
     explained = run.explained(needs={f"KMEx-{k}": "03_kmex" for k in counts})
     for k in counts:
         p = explained.kmex[k].prototypes
@@ -286,10 +284,8 @@ options = list(dict.fromkeys(zip(shown.question, shown.option, strict=True)))
 models = [model for model in DEPTHS if model in set(shown.model)]
 figure, axes = plt.subplots(figsize=(7.2, 0.42 * len(options) + 1.1))
 for i, model in enumerate(models):
-    marks, aside = (
-        shown[shown.model == model],
-        0.22 * (i - (len(models) - 1) / 2),
-    )  # one above the other
+    marks = shown[shown.model == model]
+    aside = 0.22 * (i - (len(models) - 1) / 2)  # one above the other
     place = [
         -options.index(option) - aside
         for option in zip(marks.question, marks.option, strict=True)

@@ -233,10 +233,8 @@ if len(weighted):
     colours = dict(zip(sorted({*drawn.dataset}), drawing.palette(10), strict=False))
     looks = dict(zip(drawn.network.unique(), ("o-", "s--", "D:", "^-."), strict=False))
     for (network, dataset), lost in drawn.groupby(["network", "dataset"], sort=False):
-        lost, label = (
-            lost.sort_values("last_share"),
-            f"{dataset}, {network.split('/')[-1]}",
-        )
+        lost = lost.sort_values("last_share")
+        label = f"{dataset}, {network.split('/')[-1]}"
         look = {
             "fmt": looks[network],
             "color": colours[dataset],

@@ -139,10 +139,8 @@ def own_class(explainer, passed, split):
     index = explainer.prototypes.labels
     maps = torch.empty(0)
     for c in range(len(passed.classes)):
-        of_class, members = (
-            (index == c).nonzero().flatten(),
-            (passed.labels[split] == c).nonzero().flatten(),
-        )
+        of_class = (index == c).nonzero().flatten()
+        members = (passed.labels[split] == c).nonzero().flatten()
         rows = passed.x[split].rows(
             members, explainer.start_block, explainer.normalisation, keep=False
         )
@@ -197,11 +195,9 @@ def noisy_activations(network, first):
 
 def sameness(explainer, passed, noisy, first):
     """Consistency, stability and patch purity in %, as (grid, metric, value)."""
-    b, reading, vectors = (
-        explainer.start_block,
-        explainer.normalisation,
-        explainer.prototypes.vectors,
-    )
+    b = explainer.start_block
+    reading = explainer.normalisation
+    vectors = explainer.prototypes.vectors
     every = torch.arange(len(passed.labels["test"]))
     rows = passed.x["test"].rows(every, b, reading, keep=False)
     near = f.Nearest.of(rows, vectors)
@@ -258,22 +254,11 @@ for run in all_runs:
     passes[run.seed] = passed = Passed.of(
         network, images, min(start_blocks), device=device
     )
-    index, coarse = (
-        passed.first_of_each_class(fit_on),
-        passed.x["test"].read(torch.tensor([0]), last)[0].shape[2:],
-    )
+    index = passed.first_of_each_class(fit_on)
+    coarse = passed.x["test"].read(torch.tensor([0]), last)[0].shape[2:]
     noisy = noisy_activations(network, min(start_blocks))
-    note(
-        [
-            (
-                "",
-                "accuracy_test",
-                accuracy(passed.y["test"].argmax(1), passed.labels["test"]),
-            )
-        ],
-        seed=run.seed,
-        model="CNN",
-    )
+    right = accuracy(passed.y["test"].argmax(1), passed.labels["test"])
+    note([("", "accuracy_test", right)], seed=run.seed, model="CNN")
     for (b, scale), k in ((point, k) for point in points for k in prototypes_per_class):
         for refit in range(refits if k == named else 1):
             start = time.perf_counter()
@@ -534,13 +519,8 @@ for run in all_runs if baseline else ():
     }
     own, values = of_maps(maps, len(labels_of), coarse)
     named_maps[run.seed, "ProtoPNet", "", 0] = own
-    values += [
-        (
-            "",
-            "consistency",
-            f.consistency(near, parts["test"], labels_of, images.test.labels),
-        )
-    ]
+    same = f.consistency(near, parts["test"], labels_of, images.test.labels)
+    values += [("", "consistency", same)]
     values += [("", "patch_purity", f.patch_purity(near, parts["test"]))]
     values += [
         ("", r["metric"] + "_test", r["value"])

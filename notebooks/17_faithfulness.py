@@ -160,10 +160,8 @@ benches, explainers, parts = {}, {}, {}
 for run in all_runs:
     part, boxes = some(run.dataset(), run.seed)
     network = run.network().to(device)
-    passed, x = (
-        Passed.of(network, part, start_block, device=device),
-        part.input(part.test.pixels, device),
-    )
+    passed = Passed.of(network, part, start_block, device=device)
+    x = part.input(part.test.pixels, device)
     how = {
         "steps": steps,
         "seed": run.seed,
@@ -386,10 +384,8 @@ for seed, bench in benches.items():
         )
     for stage, explained in stages:
         for b in explained.start_blocks:
-            (map_before, before), (q_s, att) = (
-                of_ours[seed, scales[0], 0, b],
-                attributed(explained, bench, b),
-            )
+            map_before, before = of_ours[seed, scales[0], 0, b]
+            q_s, att = attributed(explained, bench, b)
             values = {
                 f"adjusted Rand, {stage}": faithfulness.adjusted_rand(map_before, q_s)
             }

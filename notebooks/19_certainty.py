@@ -135,10 +135,8 @@ from kmex_utils.explanation.passed import Passed
 
 rows, maps = [], {}
 for run in [Run.of(runs, dataset, seed) for seed in seeds]:
-    images, k = (
-        run.dataset(fit_on),
-        prototypes_per_class or run.settings()["prototypes_per_class"],
-    )
+    images = run.dataset(fit_on)
+    k = prototypes_per_class or run.settings()["prototypes_per_class"]
     with tempfile.TemporaryDirectory(dir=run.folder) as scratch:
         where = {"store": "auto", "folder": Path(scratch), "device": device}
         passed = Passed.of(run.network(), images, min(names), **where)
