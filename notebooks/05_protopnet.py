@@ -353,6 +353,6 @@ print(
 )
 
 # %% [markdown]
-# This is the price of joint training: it takes longer than the training of the network and the clusterings of notebooks
-# [3](03_kmex.ipynb) and [4](04_encoder.ipynb) do, even with the one joint epoch that the digits get here. The authors
-# train for many.
+# This is the price of joint training: a second training on top of the one in [notebook 1](01_train.ipynb). The
+# clusterings of notebooks [3](03_kmex.ipynb) and [4](04_encoder.ipynb) need none. The digits get one joint epoch here;
+# the authors train for many.

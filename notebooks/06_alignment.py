@@ -125,11 +125,11 @@ Markdown(path.with_suffix(".md").read_text())
 # As in the paper, a column $c_j$ of the CNN has a cosine below one half with its own class and about zero with the
 # others: it spans a half-space and does not point into the data. KMEx's centroids do, with more than 0.9 in class.
 #
-# Three numbers differ from the paper's. *out* of KMEx is twice the paper's on the digits, as embeddings behind a ReLU
-# are non-negative and a network trained from scratch for two epochs has not spread them. *class* falls a little from
-# one to five prototypes: with all pairs, an embedding is also compared with the prototypes of the other shapes of its
-# class. And ProtoPNet's two cosines lie a tenth apart where the paper has 1.00 for both. Its latent space is the
-# positive cube of a sigmoid, so none can be negative.
+# Three numbers differ from the paper's. *out* of KMEx is twice the paper's on the digits. It depends on the network:
+# with ImageNet weights it is below the paper's on STL-10 ([table](../figures/resnet/stl10/table1.md)). *class* falls a
+# little from one to five prototypes: with all pairs, an embedding is also compared with the prototypes of the other
+# shapes of its class. And ProtoPNet's two cosines lie a tenth apart where the paper has 1.00 for both. Its latent space
+# is the positive cube of a sigmoid, so none can be negative.
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
@@ -159,6 +159,6 @@ plt.show()
 
 # %% [markdown]
 # The seeds agree to a few hundredths, so the order of the models is no accident of one training. What the picture adds
-# to the table is the *gap* between the two marks of a row. It is widest for the columns, which separate classes; the
-# right mark is highest where prototypes represent data. KMEx gives up some of the gap and gains the nearness. [Notebook
-# 8](08_umap.ipynb) shows both in one plane.
+# to the table is the *gap* between the two marks of a row. On the digits it is widest for the columns, which separate
+# classes; the right mark is highest where prototypes represent data. KMEx gives up some of the gap and gains the
+# nearness. [Notebook 8](08_umap.ipynb) shows both in one plane.

@@ -135,10 +135,10 @@ figure.legend(
 drawing.save(figure, folder / "fit")
 
 # %% [markdown]
-# On two cores ([table](../figures/scaling/fit.csv)) the engine took a fifth of scikit-learn's time and memory in this
-# shape, at the same inertia. The more prototypes, the smaller the lead, as more of the time goes into products that
-# both must take. From B4 alone nothing is upsampled, and it needs more memory than scikit-learn. Mini-batches are
-# faster with many images and end at a slightly higher inertia.
+# On two cores ([table](../figures/scaling/fit.csv)) the engine took a sixth of scikit-learn's time and memory in this
+# shape, at the same inertia, and was three to seven times as fast in the other cases. From B4 alone nothing is
+# upsampled, and it needs more memory than scikit-learn. Mini-batches are faster with many images and end at a slightly
+# higher inertia.
 
 # %% [markdown]
 # ## Explaining
@@ -204,5 +204,5 @@ print((folder / "machine.md").read_text())
 
 # %% [markdown]
 # A pass takes about two seconds per million rows at $K/C$ = 10, so a clustering of all of ImageNet from block 2 is a
-# matter of days on two cores, not of memory. A tenth of the images gives prototypes that predict as well ([notebook
-# 10](10_subset.ipynb)), so it need not take that long.
+# matter of days on two cores, not of memory. On the digits a tenth of the images gives prototypes that predict as well
+# ([notebook 10](10_subset.ipynb)), so it need not take that long.

@@ -287,8 +287,9 @@ cost.pivot_table(index="notebook", columns="dataset", values="minutes").round(1)
 ) else cost
 
 # %% [markdown]
-# The two trainings take most of the time, [1](01_train.ipynb) for the network and [5](05_protopnet.ipynb) for the
-# baseline; the explanations are a small part. Without a batch nothing was noted, and the table is empty.
+# Of notebooks 1 to 9 the training of the network ([1](01_train.ipynb)) takes most of the time, then come the baseline
+# ([5](05_protopnet.ipynb)) and the clusterings of the encoder ([4](04_encoder.ipynb)). A study of many fits, as
+# [14](14_depth.ipynb), takes as long again. Without a batch nothing was noted, and the table is empty.
 
 # %% [markdown]
 # ## Beside others' networks from scratch
