@@ -22,17 +22,23 @@
 # $$x \xrightarrow{\;\mathrm{enc}\;} h \xrightarrow{\;\mathrm{sim}\;} \bigl(\mathrm{sim}(h_r, p_k)\bigr)_{R,K}
 # \xrightarrow{\;\mathrm{proj}\;} y .$$
 #
-# **Theorem 1.** A CNN with average pool and linear classifier is one, with the columns $c_j$ as prototypes, the dot
-# product as sim and the average pool as proj, because the last two commute (eq. 4, 5):
+# **Theorem 1.** A CNN with average pool and linear classifier is such a model. Its prototypes are the columns $c_j$,
+# sim is the dot product and proj is the average pool, because the last two commute (eq. 4, 5):
 #
-# $$\Bigl(\frac1R\sum_r h_r\Bigr)\cdot c_j = \frac1R\sum_r \bigl(h_r\cdot c_j\bigr).$$
+# $$\mathrm{clf} \circ \mathrm{avg.\,pool}(h)_j = \Bigl(\frac1R\sum_r h_r\Bigr)\cdot c_j
+# = \frac1R\sum_r \bigl(h_r\cdot c_j\bigr) = \mathrm{proj} \circ \mathrm{sim}(h)_j .$$
+#
+# In code sim is `h @ c.T` and proj is `similarity.mean(1)`: the class `CNNAsSEM` in
+# [explainers.py](../kmex_utils/method/explainers.py), the first of four instances of eq. 3.
 
 # %% tags=["parameters"]
+# What the workflow sets
 dataset: str = "mnist-mini"  # as in 01_train
 seed: int = 0  # of the training to explain
+runs: str = "runs"  # where the earlier notebooks left their results
+# What you may change
 image: int = 0  # index in the test split of the image looked at
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
-runs: str = "runs"  # where 01_train left its results
 
 # %%
 from kmex_utils import parameters
@@ -51,7 +57,7 @@ images = run.dataset()
 # %% [markdown]
 # ## Theorem 1, checked
 #
-# Both sides of eq. 5 on test images. They differ by rounding only.
+# Both sides of eq. 5 on test images: left the network as it is, right `sem(h)`, which is `proj(sim(h))`.
 
 # %%
 import torch
@@ -68,10 +74,11 @@ print(f"largest difference, relative to the largest score: {residual:.1e}")
 assert residual < 1e-5
 
 # %% [markdown]
-# So each position $r$ of an image adds $h_r \cdot c_j / R$ to the score of class $j$, and the maps below sum to the
-# CNN's prediction exactly.
+# The two differ by the rounding of float32 and no more, so the theorem holds of the network as trained. It follows that
+# each position $r$ of an image adds $h_r \cdot c_j / R$ to the score of class $j$, and that these shares sum to it. In
+# code: `sem.sim(sem.h(h)) / R`.
 
-# %%
+# %% tags=["hide-input"]
 import matplotlib.pyplot as plt
 
 from kmex_utils.drawing import STYLE, literal, palette
@@ -79,10 +86,14 @@ from kmex_utils.drawing import STYLE, literal, palette
 plt.style.use(STYLE)
 
 if not 0 <= image < len(images.test):
-    raise ValueError(f"image must be an index of the {len(images.test)} test images, got {image}")
+    raise ValueError(
+        f"image must be an index of the {len(images.test)} test images, got {image}"
+    )
 with torch.no_grad():
     h = network.activations(images.input(images.test.pixels[[image]], device))
-    shares = sem.sim(sem.h(h))[0].T.unflatten(1, h[-1].shape[2:]).cpu() / h[-1][0, 0].numel()
+    shares = (
+        sem.sim(sem.h(h))[0].T.unflatten(1, h[-1].shape[2:]).cpu() / h[-1][0, 0].numel()
+    )
 order = shares.sum((1, 2)).argsort(descending=True)[:5].tolist()
 limit = shares[order].abs().max()
 figure, axes = plt.subplots(1, len(order) + 1, figsize=(1.7 * (len(order) + 1), 2.1))
@@ -97,10 +108,20 @@ figure.colorbar(shown, ax=axes, shrink=0.7, label="$h_r \\cdot c_j / R$")
 plt.show()
 
 # %% [markdown]
+# Above each map stands the score it sums to; red positions speak for the class, blue ones against it. The predicted
+# class comes first: most of its positions are red, so no single place decides. The maps are as coarse as $h$, on the
+# embedded digits 2 x 2. So the network explains itself, but roughly, and by its own columns. Are those any good?
+
+# %% [markdown]
 # ## Are the $c_j$ good prototypes?
 #
-# A prototype should lie among the data it stands for. Below, for each class: the cosine between $c_j$ and its own
-# embeddings, the cosine with all others, and the length of $c_j$ beside that of its embeddings.
+# A prototype should lie among the data it stands for. For each class the table has the cosine of $c_j$ with the class's
+# embeddings,
+#
+# $$\cos(z, c_j) = \frac{z \cdot c_j}{\lVert z\rVert\,\lVert c_j\rVert},$$
+#
+# its cosine with all others, and the length of $c_j$ beside that of the embeddings. The formula is the line that begins
+# with `cosine =`.
 
 # %%
 import pandas as pd
@@ -112,9 +133,22 @@ cosine = F.normalize(z, dim=1) @ F.normalize(c, dim=1).T
 rows = []
 for j, name in enumerate(images.classes):
     inside = labels == j
-    rows.append((name, cosine[inside, j].mean(), cosine[~inside, j].mean(), c[j].norm(), z[inside].norm(dim=1).mean()))
+    rows.append(
+        (
+            name,
+            cosine[inside, j].mean(),
+            cosine[~inside, j].mean(),
+            c[j].norm(),
+            z[inside].norm(dim=1).mean(),
+        )
+    )
 columns = ["class", "cos with class", "cos with others", "‖c_j‖", "mean ‖z‖"]
 pd.DataFrame(rows, columns=columns).set_index("class").astype(float).round(2)
+
+# %% [markdown]
+# With its own class a column has a mean cosine of less than one half, an angle of more than 60 degrees; with the others
+# it is about zero. And it is many times shorter than the embeddings. A column says on which side of a plane its class
+# lies, not where.
 
 # %%
 between = F.normalize(c, dim=1) @ F.normalize(c, dim=1).T
@@ -125,15 +159,18 @@ figure, axes = plt.subplots(figsize=(6, 2.2))
 in_class = cosine[torch.arange(len(z)), labels]
 axes.hist(in_class, 60, density=True, alpha=0.8, color=palette(2)[0], label="own class")
 in_next = cosine[torch.arange(len(z)), (labels + 1) % len(c)]
-axes.hist(in_next, 60, density=True, alpha=0.8, color=palette(2)[1], label="another class")
+axes.hist(
+    in_next, 60, density=True, alpha=0.8, color=palette(2)[1], label="another class"
+)
 axes.set_xlabel("cosine of an embedding with a column $c_j$")
 axes.set_yticks([])
 axes.legend()
 plt.show()
 
 # %% [markdown]
-# The columns separate the classes, each class in its own half-space, but they point away from where the data lies:
-# that is what Table 1 measures (notebook 6) and KMEx mends (notebook 3).
+# Two columns are nearly orthogonal to each other. The two histograms hardly overlap, so the columns separate the
+# classes well, each in a half-space of its own. But neither comes near a cosine of 1: the columns point away from where
+# the data lies. [Notebook 6](06_alignment.ipynb) measures it as Table 1, and [notebook 3](03_kmex.ipynb) mends it.
 
 # %%
 run.save_results("sem", [("CNN", "theorem1_residual", "test", residual)], image=image)

@@ -65,6 +65,13 @@ def test_parameters_read_like_a_manual(name):
         assert len(parameter["help"]) > 5, parameter
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_no_code_line_is_cut_on_a_page(name):
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+    lines = [line for cell in cells if cell.cell_type == "code" for line in cell.source.splitlines()]
+    assert not [line for line in lines if len(line) > 88]
+
+
 def execute(name, where, **parameters):
     out = where / f"{name}.ipynb"
     return papermill.execute_notebook(

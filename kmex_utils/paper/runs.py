@@ -78,9 +78,11 @@ class Run:
         self.settings()
         return networks.load(self.folder)
 
-    def dataset(self) -> Dataset:
-        """The data set as it was for training."""
-        return data.reopen(self.settings()["data"])
+    def dataset(self, images_per_class: int = 0) -> Dataset:
+        """The data set as it was for training, or of that at most the first so many images of each class."""
+        given = self.settings()["data"]
+        most = min(filter(None, (given["images_per_class"], images_per_class)), default=0)
+        return data.reopen({**given, "images_per_class": most})
 
     def explained(self, dataset: Dataset | None = None, needs: dict[str, str] | None = None) -> Explained:
         """The network with the prototypes that notebooks 3 and 4 have left so far.
