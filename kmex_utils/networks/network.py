@@ -105,7 +105,7 @@ class Network(nn.Module):
         self.head, self.form, self.between = self._head.name, self._head.form, self._head.between
         self.activation, self.note = self._head.activation, self._head.note
         named = trace.blocks(
-            [blocks] if isinstance(blocks, str) else [*map(str, blocks)],
+            [blocks] if isinstance(blocks, str) else blocks,
             self._head.cuts,
             self._head.h[1].grid,
             self._head.time,

@@ -444,7 +444,9 @@ class Trace(Pass):
 
     def _call(self, name: str, calls: dict[str, Call], before: int) -> Call:
         if name not in calls:
-            close = get_close_matches(name, calls, n=4, cutoff=0.5) or [call.name for call in self.trunk(before)][-4:]
+            close = (
+                get_close_matches(str(name), calls, n=4, cutoff=0.5) or [call.name for call in self.trunk(before)][-4:]
+            )
             raise ValueError(f"{self.name} has no block {name!r} with feature maps; the nearest: {', '.join(close)}")
         return calls[name]
 
