@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from kmex_utils.paper.batch import TAKES, sources
+from kmex_utils.paper.batch import TAKES, sources, to_html
 
 if not config:
     raise WorkflowError("name a configuration: --configfile config/quick.yaml, or kmex batch CONFIG")
@@ -493,7 +493,7 @@ rule html_of_run:
     params:
         executed=lambda wildcards, output: [str(Path(page).with_suffix(".ipynb")) for page in output],
     shell:
-        f"{quoted(sys.executable)} -m nbconvert --to html --log-level ERROR {{params.executed:q}}"
+        f"{quoted(*to_html())} {{params.executed:q}}"
 
 
 rule html_of_data:
@@ -505,4 +505,4 @@ rule html_of_data:
     params:
         executed=lambda wildcards, output: [str(Path(page).with_suffix(".ipynb")) for page in output],
     shell:
-        f"{quoted(sys.executable)} -m nbconvert --to html --log-level ERROR {{params.executed:q}}"
+        f"{quoted(*to_html())} {{params.executed:q}}"

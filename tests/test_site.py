@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from kmex_utils import paths
+from kmex_utils.paper.batch import to_html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -97,6 +98,25 @@ def test_it_reads_without_a_network(site, width, scheme):
             page.close()
         browser.close()
     assert formulas > 100 and images > 15
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_a_notebook_as_a_page_of_its_own_needs_no_network(tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    source = paths.ROOT / "notebooks" / "04_encoder.ipynb"
+    subprocess.run([*to_html(), str(source), "--output-dir", str(tmp_path)], check=True, capture_output=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page, asked = browser.new_page(), []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((tmp_path / "04_encoder.html").as_uri())
+        page.wait_for_selector("mjx-container")
+        assert page.locator("mjx-container").count() >= source.read_text().count("$$") // 2 > 0
+        assert page.locator("mjx-merror").count() == 0
+        assert not [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
+        browser.close()
 
 
 @pytest.mark.browser

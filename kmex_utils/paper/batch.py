@@ -19,7 +19,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
-from importlib.util import resolve_name
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,17 @@ def _forget(runs: Path, figures: Path, datasets: Collection[str]) -> None:
 def _short(path: Path) -> str:
     """Relative to the repository's root where possible, so that results do not name this machine."""
     return str(path.relative_to(paths.ROOT)) if path.is_relative_to(paths.ROOT) else str(path)
+
+
+def to_html() -> list[str]:
+    """The command that makes a page of each executed notebook given to it, with MathJax in it: it needs no network."""
+    carried = find_spec("sphinx-mathjax-offline")  # a package of MathJax's files
+    if carried is None or carried.origin is None:
+        raise ModuleNotFoundError("pages of notebooks need pip install sphinx-mathjax-offline")
+    template = Path(__file__).with_name("notebook.html.j2")
+    mathjax = Path(carried.origin).parent / "static" / "mathjax"
+    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--log-level", "ERROR"]
+    return [*command, "--template-file", str(template), f"--HTMLExporter.extra_template_paths={mathjax}"]
 
 
 def sources(file: Path, without: Collection[str] = ()) -> set[Path]:
