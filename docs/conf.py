@@ -69,8 +69,10 @@ def notebooks(app: object) -> None:
     for source in sorted((REPOSITORY / "notebooks").glob("*.ipynb")):
         made = [EXECUTED / "notebooks" / source.name, EXECUTED / "seed-0" / "notebooks" / source.name]
         text = next((file for file in made if file.exists()), source).read_text()
-        # the package's files are pages of the site too
-        text = re.sub(r"\]\(\.\./(kmex_utils/[\w/]+)\.py\)", r"](../_modules/\1.html)", text)
+        # a page of the site where a file of the package has one; other files of the repository as they are
+        text = re.sub(r"\[([^\]]*)\]\(\.\./(kmex_utils/[\w/]+)\.py\)", r"<a href='../_modules/\2.html'>\1</a>", text)
+        text = re.sub(r"\]\(\.\./docs/", "](../", text)
+        text = re.sub(r"\]\(\.\./(figures|config|data|kmex_utils|benchmarks)/", r"](../../\1/", text)
         (folder / source.name).write_text(text)
 
 
