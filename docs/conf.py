@@ -6,6 +6,8 @@ from importlib.metadata import version as version_of
 from importlib.util import find_spec
 from pathlib import Path
 
+import nbformat
+
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 EXECUTED = REPOSITORY / "runs" / "mnist-mini"  # what `make reproduce` and the target `extras` leave
@@ -68,12 +70,21 @@ def notebooks(app: object) -> None:
     folder.mkdir()
     for source in sorted((REPOSITORY / "notebooks").glob("*.ipynb")):
         made = [EXECUTED / "notebooks" / source.name, EXECUTED / "seed-0" / "notebooks" / source.name]
-        text = next((file for file in made if file.exists()), source).read_text()
-        # a page of the site where a file of the package has one; other files of the repository as they are
-        text = re.sub(r"\[([^\]]*)\]\(\.\./(kmex_utils/[\w/]+)\.py\)", r"<a href='../_modules/\2.html'>\1</a>", text)
-        text = re.sub(r"\]\(\.\./docs/", "](../", text)
-        text = re.sub(r"\]\(\.\./(figures|config|data|kmex_utils|benchmarks)/", r"](../../\1/", text)
-        (folder / source.name).write_text(text)
+        notebook = nbformat.read(next((file for file in made if file.exists()), source), 4)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = links(cell.source)
+        nbformat.write(notebook, folder / source.name)
+
+
+def links(text: str) -> str:
+    """Links to files of the repository: a page of the site where there is one."""
+    text = re.sub(r"\[([^\]]*)\]\(\.\./(kmex_utils/[\w/]+)\.py\)", r"<a href='../_modules/\2.html'>\1</a>", text)
+    text = re.sub(
+        r"\]\(\.\./figures/(?:(\w+)/)?report/report\.md\)", lambda of: f"](../report-{of[1] or 'scratch'}.md)", text
+    )
+    text = re.sub(r"\]\(\.\./figures/[\w/]+/table\d\.md\)", "](../results.md)", text)
+    return re.sub(r"\]\(\.\./(?=figures/|config/|data/|benchmarks/)", "](../../", text)
 
 
 def setup(app: object) -> None:
