@@ -458,14 +458,19 @@ def batches(pixels, size=64):
 #
 # One pass through each network.
 
+<<<<<<< HEAD
 # %% tags=["hide-input"]
 import tempfile
 from pathlib import Path
+=======
+# %%
+>>>>>>> h20-batch
 
 from kmex_utils.data.annotations import parts
 from kmex_utils.explanation.passed import Passed
 
 
+<<<<<<< HEAD
 def passed_of(run, scratch):
     """A training's first images of each class, passed, and their known parts."""
     images, network = run.dataset(fit_on), run.network()
@@ -474,6 +479,15 @@ def passed_of(run, scratch):
     passed = Passed.of(
         network, images, min(start_blocks), store="auto", folder=scratch, device=device
     )
+=======
+def passed_of(run):
+    """The first images of each class of a training, passed, with their visible parts if any are known."""
+    given = run.settings()["data"]
+    most = min(filter(None, (given["images_per_class"], fit_on)), default=0)
+    images, network = data.reopen({**given, "images_per_class": most}), run.network()
+    visible = parts(images, annotations) if annotations or given["source"] == "cub200" else {}
+    passed = Passed.of(network, images, min(start_blocks), store="auto", folder=run.folder, device=device)
+>>>>>>> h20-batch
     return images, network, passed, visible
 
 
@@ -481,6 +495,7 @@ def passed_of(run, scratch):
 records, section5, maps = [], [], {}
 for run in [Run.of(runs, dataset, seed) for seed in seeds]:
     k = prototypes_per_class or run.settings()["prototypes_per_class"]
+<<<<<<< HEAD
     with tempfile.TemporaryDirectory(dir=run.folder) as scratch:
         images, network, passed, visible = passed_of(run, Path(scratch))
         start = time.perf_counter()
@@ -499,6 +514,20 @@ for run in [Run.of(runs, dataset, seed) for seed in seeds]:
         section5.append(
             dict(zip(("redundant", "null_redundant", "apart"), numbers, strict=True))
         )
+=======
+    images, network, passed, visible = passed_of(run)
+    start = time.perf_counter()
+    cuts = {split: cut(passed, images, split) for split in ("train", "test")}
+    cutting = time.perf_counter() - start
+    for name, method in methods_of(cuts).items():
+        record, q_s = asked(passed, name, method, k, run.seed, visible)
+        record["seconds"] += cutting if name == "SLIC" else 0
+        records.append({**record, "seed": run.seed})
+        if run.seed == seeds[0]:
+            pictured, maps[name] = images.test, q_s
+    numbers = (*redundancy(passed, run.seed), apart(network, images, passed, cuts, run.seed))
+    section5.append(dict(zip(("redundant", "null_redundant", "apart"), numbers, strict=True)))
+>>>>>>> h20-batch
 
 # %% [markdown]
 # ## The table
