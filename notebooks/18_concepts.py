@@ -458,36 +458,19 @@ def batches(pixels, size=64):
 #
 # One pass through each network.
 
-<<<<<<< HEAD
 # %% tags=["hide-input"]
-import tempfile
-from pathlib import Path
-=======
-# %%
->>>>>>> h20-batch
 
 from kmex_utils.data.annotations import parts
 from kmex_utils.explanation.passed import Passed
 
 
-<<<<<<< HEAD
-def passed_of(run, scratch):
+def passed_of(run):
     """A training's first images of each class, passed, and their known parts."""
     images, network = run.dataset(fit_on), run.network()
     has_parts = annotations or images.settings["source"] == "cub200"
     visible = parts(images, annotations) if has_parts else {}
-    passed = Passed.of(
-        network, images, min(start_blocks), store="auto", folder=scratch, device=device
-    )
-=======
-def passed_of(run):
-    """The first images of each class of a training, passed, with their visible parts if any are known."""
-    given = run.settings()["data"]
-    most = min(filter(None, (given["images_per_class"], fit_on)), default=0)
-    images, network = data.reopen({**given, "images_per_class": most}), run.network()
-    visible = parts(images, annotations) if annotations or given["source"] == "cub200" else {}
-    passed = Passed.of(network, images, min(start_blocks), store="auto", folder=run.folder, device=device)
->>>>>>> h20-batch
+    kept = {"store": "auto", "folder": run.folder, "device": device}
+    passed = Passed.of(network, images, min(start_blocks), **kept)
     return images, network, passed, visible
 
 
@@ -495,26 +478,6 @@ def passed_of(run):
 records, section5, maps = [], [], {}
 for run in [Run.of(runs, dataset, seed) for seed in seeds]:
     k = prototypes_per_class or run.settings()["prototypes_per_class"]
-<<<<<<< HEAD
-    with tempfile.TemporaryDirectory(dir=run.folder) as scratch:
-        images, network, passed, visible = passed_of(run, Path(scratch))
-        start = time.perf_counter()
-        cuts = {split: cut(passed, images, split) for split in ("train", "test")}
-        cutting = time.perf_counter() - start
-        for name, method in methods_of(cuts).items():
-            record, q_s = asked(passed, name, method, k, run.seed, visible)
-            record["seconds"] += cutting if name == "SLIC" else 0
-            records.append({**record, "seed": run.seed})
-            if run.seed == seeds[0]:
-                pictured, maps[name] = images.test, q_s
-        numbers = (
-            *redundancy(passed, run.seed),
-            apart(network, images, passed, cuts, run.seed),
-        )
-        section5.append(
-            dict(zip(("redundant", "null_redundant", "apart"), numbers, strict=True))
-        )
-=======
     images, network, passed, visible = passed_of(run)
     start = time.perf_counter()
     cuts = {split: cut(passed, images, split) for split in ("train", "test")}
@@ -525,9 +488,13 @@ for run in [Run.of(runs, dataset, seed) for seed in seeds]:
         records.append({**record, "seed": run.seed})
         if run.seed == seeds[0]:
             pictured, maps[name] = images.test, q_s
-    numbers = (*redundancy(passed, run.seed), apart(network, images, passed, cuts, run.seed))
-    section5.append(dict(zip(("redundant", "null_redundant", "apart"), numbers, strict=True)))
->>>>>>> h20-batch
+    numbers = (
+        *redundancy(passed, run.seed),
+        apart(network, images, passed, cuts, run.seed),
+    )
+    section5.append(
+        dict(zip(("redundant", "null_redundant", "apart"), numbers, strict=True))
+    )
 
 # %% [markdown]
 # ## The table
