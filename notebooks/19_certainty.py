@@ -132,19 +132,8 @@ from kmex_utils.explanation.passed import Passed
 
 rows, maps = [], {}
 for run in [Run.of(runs, dataset, seed) for seed in seeds]:
-<<<<<<< HEAD
     images = run.dataset(fit_on)
     k = prototypes_per_class or run.settings()["prototypes_per_class"]
-    with tempfile.TemporaryDirectory(dir=run.folder) as scratch:
-        where = {"store": "auto", "folder": Path(scratch), "device": device}
-        passed = Passed.of(run.network(), images, min(names), **where)
-        for b, scale in readings:
-            found, of_reading = records_of(passed, b, scale, k, run.seed)
-            rows += found
-            if run.seed == seeds[0]:
-                pictured, maps[b, scale] = images.test, of_reading
-=======
-    images, k = images_of(run), prototypes_per_class or run.settings()["prototypes_per_class"]
     where = {"store": "auto", "folder": run.folder, "device": device}
     passed = Passed.of(run.network(), images, min(names), **where)
     for b, scale in readings:
@@ -152,7 +141,6 @@ for run in [Run.of(runs, dataset, seed) for seed in seeds]:
         rows += found
         if run.seed == seeds[0]:
             pictured, maps[b, scale] = images.test, of_reading
->>>>>>> h20-batch
 
 # %% [markdown]
 # ## The table
