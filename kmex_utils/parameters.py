@@ -77,7 +77,7 @@ def typed(name: str, kind: str, value: Any) -> Any:
     """The value of a parameter of that type; a ValueError where it is of another."""
     if kind.startswith("list["):
         if not isinstance(value, list | tuple):
-            hint = f"; from the shell: papermill -y '{name}: [1, 2]'" if isinstance(value, str) else ""
+            hint = f"; from the shell: papermill -y '{name}: [1, 2]'"
             raise ValueError(f"parameter {name} must be a {kind}, got {value!r} ({type(value).__name__}){hint}")
         return [typed(name, kind.removeprefix("list[").removesuffix("]"), item) for item in value]
     if kind == "float" and type(value) is int:

@@ -568,7 +568,10 @@ def test_unreadable_images_are_named(folder, tmp_path):
         (dict(source="minst"), "unknown dataset 'minst': use one of mnist-mini, mnist"),
         (dict(source="no/where"), "no/where does not exist or is not a folder: give a folder of images"),
         (dict(source="mnist-mini", crop=True), "`crop` cuts to CUB-200's"),
-        (dict(source="mnist-mini", images_per_class=-1), "must be 0"),
+        (
+            dict(source="mnist-mini", images_per_class=-1),
+            "images_per_class must be a whole number of at least 0, got -1",
+        ),
         (dict(source="mnist-mini", validation=1.0), "validation must be a share"),
         (dict(source="mnist-mini", held_out=-0.1), "held_out must be a share"),
         (dict(source="mnist-mini", classes="eleven"), "no class matches 'eleven'"),
