@@ -87,6 +87,17 @@ def links(text: str) -> str:
     return re.sub(r"\]\(\.\./(?=figures/|config/|data/|benchmarks/)", "](../../", text)
 
 
+def page(app: object, name: str, source: list[str]) -> None:
+    """A page's links work where its Markdown is read, too; here notebooks and the package's files are pages."""
+    if not name.startswith("notebooks/"):
+        text = source[0].replace("](../notebooks/", "](notebooks/")
+        text = re.sub(
+            r"\]\(\.\./figures/(?:(\w+)/)?report/report\.md\)", lambda of: f"](report-{of[1] or 'scratch'}.md)", text
+        )
+        source[0] = re.sub(r"\[([^\]]*)\]\(\.\./(kmex_utils/[\w/]+)\.py\)", r"<a href='_modules/\2.html'>\1</a>", text)
+
+
 def setup(app: object) -> None:
     """What Sphinx calls first."""
     app.connect("builder-inited", notebooks)
+    app.connect("source-read", page)
