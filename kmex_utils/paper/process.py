@@ -96,7 +96,7 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **how: Any) -> Any:
             how = {"stdout_file": how["stdout_file"], "startup_timeout": how["start_timeout"]}
-            client = Client(nb_man, kernel_name=kernel_name, extra_arguments=["--IPKernelApp.log_level=ERROR"], **how)
+            client = Client(nb_man, kernel_name=kernel_name, extra_arguments=["--IPKernelApp.log_level=CRITICAL"], **how)
             return client.execute(pass_fds=[file.fileno()], preexec_fn=_end_with_parent)
 
     papermill_engines.register("kmex", Engine)
