@@ -21,6 +21,7 @@ from ..store import lock
 
 LOCK = ".lock"  # in the folder of results
 START = 300  # seconds for a kernel to answer: beside many others one once took more than papermill's 60
+QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # nothing of its transport, nor that it is told to end
 CAUSES = {  # of a kernel's end by a signal, and what to do
     "SIGKILL": "most likely because memory ran out: run fewer notebooks at a time (--cores), or smaller ones",
     "SIGBUS": "most likely because a disk filled up under a memory map: free some space",
@@ -96,7 +97,7 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **how: Any) -> Any:
             how = {"stdout_file": how["stdout_file"], "startup_timeout": how["start_timeout"]}
-            client = Client(nb_man, kernel_name=kernel_name, extra_arguments=["--IPKernelApp.log_level=ERROR"], **how)
+            client = Client(nb_man, kernel_name=kernel_name, extra_arguments=QUIET, **how)
             return client.execute(pass_fds=[file.fileno()], preexec_fn=_end_with_parent)
 
     papermill_engines.register("kmex", Engine)
