@@ -224,7 +224,7 @@ def tables(folder):
     return [pd.read_csv(folder / "figures" / "mnist-mini" / f"table{i}.csv") for i in (1, 2)]
 
 
-def wait_for(condition, process, seconds=240):
+def wait_for(condition, process, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
