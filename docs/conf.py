@@ -73,28 +73,23 @@ def notebooks(app: object) -> None:
         notebook = nbformat.read(next((file for file in made if file.exists()), source), 4)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
-                cell.source = links(cell.source)
+                cell.source = links(cell.source, "../")
         nbformat.write(notebook, folder / source.name)
 
 
-def links(text: str) -> str:
-    """Links to files of the repository: a page of the site where there is one."""
-    text = re.sub(r"\[([^\]]*)\]\(\.\./(kmex_utils/[\w/]+)\.py\)", r"<a href='../_modules/\2.html'>\1</a>", text)
-    text = re.sub(
-        r"\]\(\.\./figures/(?:(\w+)/)?report/report\.md\)", lambda of: f"](../report-{of[1] or 'scratch'}.md)", text
-    )
-    text = re.sub(r"\]\(\.\./figures/[\w/]+/table\d\.md\)", "](../results.md)", text)
-    return re.sub(r"\]\(\.\./(?=figures/|config/|data/|benchmarks/)", "](../../", text)
+def links(text: str, top: str) -> str:
+    """Links to files of the repository: a page of the site, whose ``top`` lies there, where it has one."""
+    text = re.sub(r"\[([^\]]*)\]\(\.\./(kmex_utils/[\w/]+)\.py\)", rf"<a href='{top}_modules/\2.html'>\1</a>", text)
+    report = r"\]\(\.\./figures/(?:(\w+)/)?report/report\.md\)"
+    text = re.sub(report, lambda of: f"]({top}report-{of[1] or 'scratch'}.md)", text)
+    text = re.sub(r"\]\(\.\./figures/[\w/]+/table\d\.md\)", f"]({top}results.md)", text)
+    return re.sub(r"\]\(\.\./(?=figures/|config/|data/|benchmarks/)", f"]({top}../", text)
 
 
 def page(app: object, name: str, source: list[str]) -> None:
     """A page's links work where its Markdown is read, too; here notebooks and the package's files are pages."""
     if not name.startswith("notebooks/"):
-        text = source[0].replace("](../notebooks/", "](notebooks/")
-        text = re.sub(
-            r"\]\(\.\./figures/(?:(\w+)/)?report/report\.md\)", lambda of: f"](report-{of[1] or 'scratch'}.md)", text
-        )
-        source[0] = re.sub(r"\[([^\]]*)\]\(\.\./(kmex_utils/[\w/]+)\.py\)", r"<a href='_modules/\2.html'>\1</a>", text)
+        source[0] = links(source[0].replace("](../notebooks/", "](notebooks/"), "")
 
 
 def setup(app: object) -> None:

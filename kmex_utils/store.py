@@ -62,26 +62,23 @@ def alone(folder: Path) -> Iterator[None]:
     writable(folder)
     new = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    held = -1
-    try:
-        with suppress(ImportError):  # Windows
-            import fcntl
-
-            held = os.open(folder, os.O_RDONLY)
+    with ExitStack() as held:
+        if sys.platform != "win32":
+            handle = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, handle)
             try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 message = f"{folder} is being written by another process: wait for its end, or choose another folder"
                 raise ValueError(message) from None
             except OSError:  # a file system without locks
                 pass
-        yield
-    finally:
-        if held >= 0:
-            os.close(held)
-        with suppress(OSError):
-            for path in new:
-                path.rmdir()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                for path in new:
+                    path.rmdir()
 
 
 @contextmanager

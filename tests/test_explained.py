@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from bad_inputs import small_cnn
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
@@ -691,16 +692,6 @@ def test_a_folder_is_found_from_anywhere(explained, resnet, tmp_path, monkeypatc
 # --- images of other shapes and kinds -----------------------------------------------------------------------------
 
 
-def small_cnn(channels=3, classes=2):
-    """Three blocks of a few channels, seeded."""
-    torch.manual_seed(0)
-    layers, width = [], channels
-    for out in (4, 6, 8):
-        layers += [nn.Conv2d(width, out, 3, 2, 1), nn.ReLU()]
-        width = out
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
-
-
 FEW = {"prototypes_per_class": 1, "held_out": 0.25, "restarts": 1, "device": "cpu", "log": str}
 
 
@@ -720,7 +711,7 @@ def odd_photos(photos, tmp_path):
 def test_odd_names_go_everywhere(odd_photos, tmp_path):
     import pandas as pd
 
-    module = small_cnn()
+    module = small_cnn(classes=2)
     explained = kmex.explain(module, odd_photos, image_size=32, mean=0.5, std=0.25, **FEW)
     assert explained.classes == ("<b>flow&er", "t$emp\\udce9l$e") and len(set(explained.names)) == 12
     for index, name in enumerate(explained.names):
@@ -744,7 +735,7 @@ def test_odd_names_go_everywhere(odd_photos, tmp_path):
 @pytest.mark.parametrize("size", [(32, 64), (48, 32), (45, 70)])
 def test_images_of_two_sides(size, photos, tmp_path):
     """Maps, attributions and patches have the image's proportions, in every view and after loading."""
-    module = small_cnn()
+    module = small_cnn(classes=2)
     explained = kmex.explain(module, photos, image_size=size, **FEW)
     assert explained.network.input.size == size and explained.network.blocks == ("1", "3", "5")
     grid = tuple(-(-side // 2) for side in size)
@@ -784,7 +775,7 @@ def test_patch_of_a_wide_image():
 
 def test_images_of_12_bits_in_a_network_of_one_channel(tmp_path):
     """From files to the network's input: grey, by the window; saved and loaded with it."""
-    generator, module = np.random.default_rng(0), small_cnn(channels=1)
+    generator, module = np.random.default_rng(0), small_cnn(channels=1, classes=2)
     values = {}
     for name in ("ant", "bee"):
         (tmp_path / "in" / name).mkdir(parents=True)
@@ -829,7 +820,7 @@ OWN = [v2.Resize((40, 40)), v2.CenterCrop(32), v2.ToImage(), v2.ToDtype(torch.fl
 @pytest.mark.parametrize("steps", [[], [v2.Normalize((0.3, 0.4, 0.5), (0.2, 0.25, 0.3))]])
 def test_a_transform_of_ones_own(steps, photos, tmp_path):
     """What the network is given is what the transform gives, to half a byte; mean and std are read off it."""
-    module, transform = small_cnn(), v2.Compose([*OWN, *steps])
+    module, transform = small_cnn(classes=2), v2.Compose([*OWN, *steps])
     explained = kmex.explain(module, photos, transform=transform, **FEW)
     input = explained.network.input
     assert (input.size, input.mean, input.std) == (
@@ -861,7 +852,7 @@ def test_a_transform_of_ones_own(steps, photos, tmp_path):
 )
 def test_transforms_that_do_not_do(transform, message):
     with pytest.raises(ValueError, match=message):
-        kmex.network(small_cnn(), transform=transform)
+        kmex.network(small_cnn(classes=2), transform=transform)
 
 
 def test_options_of_the_network_go_with_a_module(resnet, photos):

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
@@ -170,10 +169,10 @@ def _writable(folder: Path, option: str) -> None:
     if re.search(r"[{}\x00-\x1f\x7f]", str(folder)):
         raise ValueError(f"{str(folder)!r} has braces or control characters: choose another folder as {option}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"cannot write to {folder} ({error.strerror}): choose another folder as {option}") from None
+        store.writable(folder)
+    except ValueError as error:
+        raise ValueError(f"{error} as {option}") from None
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def command(config: Path, options: list[str]) -> list[str]:
