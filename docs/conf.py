@@ -34,7 +34,6 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_render_markdown_format = "myst"
 nb_merge_streams = True
-suppress_warnings = ["mystnb.unknown_mime_type"]  # of widgets, which stand beside a picture
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -71,9 +70,14 @@ def notebooks(app: object) -> None:
     for source in sorted((REPOSITORY / "notebooks").glob("*.ipynb")):
         made = [EXECUTED / "notebooks" / source.name, EXECUTED / "seed-0" / "notebooks" / source.name]
         notebook = nbformat.read(next((file for file in made if file.exists()), source), 4)
+        notebook.metadata.pop(
+            "widgets", None
+        )  # progress bars, whose script would come from elsewhere; their text stays
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = links(cell.source, "../")
+            for output in cell.get("outputs", ()):
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
         nbformat.write(notebook, folder / source.name)
 
 
