@@ -317,6 +317,29 @@ def test_kill_and_resume(tmp_path):
     assert len(pages) == 11
 
 
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [
+        ("os.kill(os.getpid(), 9)", "the kernel was killed (SIGKILL), most likely because memory ran out"),
+        ("os._exit(3)", "the kernel ended with status 3"),
+    ],
+)
+def test_a_kernel_that_dies_before_its_first_cell_is_named(end, why, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(f"import os, sys\n'ipykernel_launcher' in sys.orig_argv and {end}\n")
+    command = [sys.executable, "-m", "kmex_utils.paper.process", "notebook", "notebooks/02_cnn_as_sem.ipynb"]
+    out = tmp_path / "runs" / "notebooks" / "02_cnn_as_sem.ipynb"
+    done = subprocess.run(
+        [*command, out, "{}", tmp_path / "runs"],
+        cwd=paths.ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
+    assert done.returncode == 1
+    [line] = workflow.failures(tmp_path / "runs")
+    assert line.startswith(f"FAILED {out}, cell [1]: KernelDied: {why}")
+
+
 @pytest.mark.batch
 def test_names_with_spaces_and_other_letters(tmp_path):
     """Of the repository, the runs and the data set; in a locale that knows ASCII alone."""

@@ -72,6 +72,8 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
     A kernel that dies leaves an error in the cell it died in, as an exception does.
     """
     import papermill
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    from nbformat.v4 import new_output
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
     from papermill.exceptions import PapermillExecutionError
@@ -81,24 +83,34 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
     file = lock(Path(runs) / LOCK, shared=True)
 
     class Client(PapermillNotebookClient):
-        def execute_cell(self, cell: Any, *index: Any, **how: Any) -> Any:
-            from nbclient.exceptions import CellExecutionError, DeadKernelError
-            from nbformat.v4 import new_output
+        def start_new_kernel(self, **how: Any) -> None:
+            super().start_new_kernel(**how)
+            self.process = self.km.provisioner.process
 
+        def execute_cell(self, cell: Any, *index: Any, **how: Any) -> Any:
             try:
                 return super().execute_cell(cell, *index, **how)
             except DeadKernelError:
-                why = _died(self.km.provisioner.process.wait())
-                cell.execution_count = self.code_cells_executed
-                cell.outputs.append(new_output("error", ename="KernelDied", evalue=why, traceback=[why]))
+                why = _died(self.process.wait())
+                self.note(cell, why)
                 raise CellExecutionError(why, "KernelDied", why) from None
+
+        def note(self, cell: Any, why: str) -> None:
+            cell.execution_count = max(1, self.code_cells_executed)
+            cell.outputs.append(new_output("error", ename="KernelDied", evalue=why, traceback=[why]))
 
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **how: Any) -> Any:
             how = {"stdout_file": how["stdout_file"], "startup_timeout": how["start_timeout"]}
             client = Client(nb_man, kernel_name=kernel_name, extra_arguments=QUIET, **how)
-            return client.execute(pass_fds=[file.fileno()], preexec_fn=_end_with_parent)
+            try:
+                return client.execute(pass_fds=[file.fileno()], preexec_fn=_end_with_parent)
+            except RuntimeError as error:  # it died before the first cell or after the last, or did not answer
+                why = _died(client.process.wait()) if "died" in str(error) else str(error)
+                cells = [cell for cell in nb_man.nb.cells if cell.cell_type == "code"]
+                client.note(cells[-1 if client.code_cells_executed else 0], why)
+                return nb_man.nb
 
     papermill_engines.register("kmex", Engine)
     print(f"{time.strftime('%T')} start {out}", flush=True)
