@@ -9,7 +9,7 @@ The typed, defaulted assignments of the cell are the specification:
 
 import ast
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,29 @@ from typing import Any
 _INJECTED = "# Parameters"  # the first line of the cell papermill adds
 
 
-def check(namespace: Mapping[str, Any]) -> dict[str, Any]:
+def check(namespace: Mapping[str, Any], may_be_empty: Sequence[str] = ()) -> dict[str, Any]:
     """The parameters of the running notebook, whose ``globals()`` are given, each of its declared type.
 
-    A parameter that the notebook does not declare (a typo), or a value of another type, is a ValueError.
+    A parameter that the notebook does not declare (a typo), or a value of another type, is a ValueError. So is an empty
+    list where the default is not empty, but for those that ``may_be_empty``.
     """
     if "In" in namespace:
         sources = [source for source in namespace["In"] if source.strip()]
     else:  # run as a script
         sources = [Path(namespace["__file__"]).read_text(encoding="utf-8")]
-    return checked(sources, namespace)
+    return checked(sources, namespace, may_be_empty)
 
 
-def checked(sources: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
+def checked(sources: list[str], values: Mapping[str, Any], may_be_empty: Sequence[str] = ()) -> dict[str, Any]:
     """As :func:`check`, of the cells run so far and the values they left."""
     types: dict[str, str] = {}
+    defaults: dict[str, str] = {}
     injected = []
     for source in sources:
         for statement in _statements(source):
             match statement:
-                case ast.AnnAssign(target=ast.Name(id=name), annotation=kind):
-                    types[name] = ast.unparse(kind)
+                case ast.AnnAssign(target=ast.Name(id=name), annotation=kind, value=ast.expr() as default):
+                    types[name], defaults[name] = ast.unparse(kind), ast.unparse(default)
                 case ast.Assign(targets=[ast.Name(id=name)]) if source.startswith(_INJECTED):
                     injected.append(name)
     for name in injected:
@@ -45,7 +47,11 @@ def checked(sources: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
             close = get_close_matches(name, types, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(f"unknown parameter {name!r}: {hint}This notebook takes {', '.join(types)}")
-    return {name: typed(name, kind, values[name]) for name, kind in types.items()}
+    found = {name: typed(name, kind, values[name]) for name, kind in types.items()}
+    for name, value in found.items():
+        if value == [] != ast.literal_eval(defaults[name]) and name not in may_be_empty:
+            raise ValueError(f"parameter {name} must not be empty, as in {defaults[name]}")
+    return found
 
 
 def declared(source: str) -> dict[str, str]:

@@ -67,13 +67,11 @@ settings = parameters.check(globals())
 # %%
 from kmex_utils import hardware
 from kmex_utils.method.composite import Normalisation
-from kmex_utils.method.explainers import block_name
+from kmex_utils.method.explainers import block_names
 from kmex_utils.paper.runs import Run
 
 run = Run.of(runs, dataset, seed)
-if not start_blocks:
-    raise ValueError("start_blocks must name at least one block, as [4, 3, 2]")
-names = {b: block_name(b) for b in sorted(start_blocks, reverse=True)}
+names = block_names(start_blocks)
 normalisation = Normalisation(norm, scale, align_corners, grid)
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
 images = run.dataset()

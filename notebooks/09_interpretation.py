@@ -56,13 +56,13 @@ from kmex_utils import parameters
 settings = parameters.check(globals())
 
 # %%
-from kmex_utils.method.explainers import block_name
+from kmex_utils.method.explainers import block_names
 from kmex_utils.paper.runs import Run
 
 run = Run.of(runs, dataset, seed)
 images = run.dataset()
 explained = run.explained(
-    needs={block_name(b): "04_encoder" for b in range(min(start_blocks), 5)}
+    needs={name: "04_encoder" for name in block_names(start_blocks).values()}
 )
 explained
 

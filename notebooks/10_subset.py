@@ -47,10 +47,10 @@ device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
 
 # %%
 from kmex_utils import hardware, parameters
-from kmex_utils.method.explainers import block_name
+from kmex_utils.method.explainers import block_names
 
 settings = parameters.check(globals())
-if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
+if not all(0 < fraction <= 1 for fraction in fractions):
     raise ValueError(f"fractions must lie in (0, 1], got {fractions}")
 if draws < 1:
     raise ValueError(f"draws must be at least 1, got {draws}")
@@ -179,12 +179,8 @@ for seed in seeds or trained_seeds(runs, dataset):
     network = run.network()
     k = prototypes_per_class or run.settings()["prototypes_per_class"]
     blocks = len(network.blocks)
-    names = {0: "KMEx"} | {
-        b: block_name(b, blocks) for b in sorted(start_blocks, reverse=True)
-    }
-    passed = Passed.of(
-        network, run.dataset(), min([*start_blocks, blocks]), device=device
-    )
+    names = {0: "KMEx"} | block_names(start_blocks, blocks)
+    passed = Passed.of(network, run.dataset(), min(start_blocks), device=device)
     for b, model in names.items():
         rows += [{"model": model, **row} for row in study(passed, b, k, seed)]
 records = pd.DataFrame(rows)

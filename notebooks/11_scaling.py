@@ -48,7 +48,9 @@ threads: int = 0  # CPU threads; 0: as the environment says
 # %%
 from kmex_utils import parameters, paths
 
-settings = parameters.check(globals())
+settings = parameters.check(
+    globals(), may_be_empty=["images", "prototypes_per_class", "start_blocks"]
+)
 folder = paths.resolve(figures_folder) / "scaling"
 
 # %% [markdown]

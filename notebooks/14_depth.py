@@ -46,12 +46,12 @@ device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
 # %%
 from kmex_utils import hardware, parameters
 from kmex_utils.method.composite import Normalisation
-from kmex_utils.method.explainers import block_name
+from kmex_utils.method.explainers import block_names
 from kmex_utils.paper.runs import Run, trained_seeds
 
 settings = parameters.check(globals())
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
-names = {b: block_name(b) for b in start_blocks}
+names = block_names(start_blocks, last=True)
 readings = {scale: Normalisation(scale=scale) for scale in scales}
 seeds = seeds or trained_seeds(runs, dataset)
 

@@ -58,20 +58,22 @@ device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
 # %%
 from kmex_utils import hardware, parameters
 from kmex_utils.method.composite import Normalisation
-from kmex_utils.method.explainers import block_name
+from kmex_utils.method.explainers import block_names
 from kmex_utils.paper.runs import Run, trained_seeds
 
-settings = parameters.check(globals())
+settings = parameters.check(globals(), may_be_empty=["shared"])
 if named not in prototypes_per_class:
     choices = f"prototypes_per_class, {prototypes_per_class}"
     raise ValueError(f"named must be one of {choices}, got {named}")
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
-seeds, last = seeds or trained_seeds(runs, dataset), max(start_blocks)
+seeds = seeds or trained_seeds(runs, dataset)
 all_runs = [Run.of(runs, dataset, seed) for seed in seeds]
+last = all_runs[0].blocks
+names = block_names(start_blocks, last, last=True)
 points = [
     (b, scale) for b in start_blocks for scale in (scales if b < last else scales[:1])
 ]
-[f"{block_name(b, last)}, {scale}" for b, scale in points]
+[f"{names[b]}, {scale}" for b, scale in points]
 
 # %% [markdown]
 # ## Parts
@@ -264,7 +266,7 @@ for run in all_runs:
             start = time.perf_counter()
             explainer, maps = fit(passed, b, scale, k, run.seed + 1000 * refit)
             of = {
-                "model": block_name(b, last),
+                "model": names[b],
                 "scale": scale,
                 "prototypes_per_class": k,
                 "seed": run.seed,
@@ -274,7 +276,7 @@ for run in all_runs:
             note([*values, *predicted(explainer, maps, passed)], **of)
             if k != named:
                 continue
-            named_maps[run.seed, block_name(b, last), scale, refit] = own
+            named_maps[run.seed, names[b], scale, refit] = own
             note(sameness(explainer, passed, noisy, min(start_blocks)), **of)
             if refit == 0:
                 of_last |= {run.seed: explainer} if b == last else {}
@@ -284,7 +286,7 @@ for run in all_runs:
                     **{**of, "of": "own class"},
                 )
             seconds = time.perf_counter() - start
-            point = f"seed {run.seed}, {block_name(b, last)}, {scale}, refit {refit}"
+            point = f"seed {run.seed}, {names[b]}, {scale}, refit {refit}"
             print(f"{point}: {seconds:.0f} s")
 
 # %% [markdown]
@@ -354,7 +356,7 @@ for seed, passed in passes.items():
         surface.append(
             {
                 "seed": seed,
-                "model": block_name(b, last),
+                "model": names[b],
                 "scale": scale,
                 "accuracy": right,
                 "nmi": nmi,
@@ -416,13 +418,13 @@ for model, of_model in surface.groupby("model", sort=False):
     chosen[model] = mean[mean.accuracy >= mean.accuracy.max() - 1].nmi.idxmax()
 for seed, passed in passes.items():
     index = passed.first_of_each_class(fit_on)
-    for b in (b for b in start_blocks if block_name(b, last) in chosen):
-        scale = chosen[block_name(b, last)]
+    for b in (b for b in start_blocks if names[b] in chosen):
+        scale = chosen[names[b]]
         explainer, maps = fit(passed, b, scale, named, seed)
         own, values = of_maps(maps, len(explainer.prototypes), coarse)
-        named_maps[seed, block_name(b, last), scale, 0] = own
+        named_maps[seed, names[b], scale, 0] = own
         of = {
-            "model": block_name(b, last),
+            "model": names[b],
             "scale": scale,
             "prototypes_per_class": named,
             "seed": seed,
@@ -464,7 +466,7 @@ for seed, passed in passes.items():
     for (b, scale), k in ((point, k) for point in points for k in shared):
         explainer, maps = fit(one, b, scale, k, seed)
         of = {
-            "model": block_name(b, last),
+            "model": names[b],
             "scale": scale,
             "prototypes_per_class": k,
             "seed": seed,
@@ -586,29 +588,20 @@ others.pivot_table(index=["model"], columns="metric", values="value", sort=False
 # with replacement. One has *more fidelity* than another where the interval excludes zero in every seed.
 
 # %% tags=["hide-input"]
-coarse_of = {
-    block_name(b, last): f"B{last} on the grid of B{b}"
-    for b in start_blocks
-    if b < last
-}
+coarse_of = {names[b]: f"B{last} on the grid of B{b}" for b in start_blocks if b < last}
 pairs = [
-    ((block_name(b, last), scale), (block_name(last, last), scales[0]))
-    for b, scale in points
-    if b < last
+    ((names[b], scale), (names[last], scales[0])) for b, scale in points if b < last
 ]
+pairs += [((model, scale), (names[last], scales[0])) for model, scale in chosen.items()]
 pairs += [
-    ((model, scale), (block_name(last, last), scales[0]))
-    for model, scale in chosen.items()
-]
-pairs += [
-    ((block_name(b, last), scale), (coarse_of[block_name(b, last)], scales[0]))
+    ((names[b], scale), (coarse_of[names[b]], scales[0]))
     for b, scale in points
     if b < last
 ]
 if 2 in start_blocks and 3 in start_blocks:
-    pairs += [(("B234", scale), ("B34", scale)) for scale in scales]
+    pairs += [((names[2], scale), (names[3], scale)) for scale in scales]
 if any(key[1] == "ProtoPNet" for key in named_maps):
-    pairs += [((block_name(last, last), scales[0]), ("ProtoPNet", ""))]
+    pairs += [((names[last], scales[0]), ("ProtoPNet", ""))]
 rows = []
 for seed in seeds:
     for one, other in pairs:
@@ -616,14 +609,14 @@ for seed in seeds:
             apart = f.difference(
                 named_maps[seed, *one, 0], named_maps[seed, *other, 0], metric
             )
-            names = {
+            pair = {
                 "seed": seed,
                 "more": ", ".join(one).rstrip(", "),
                 "than": ", ".join(other).rstrip(", "),
             }
             rows.append(
                 {
-                    **names,
+                    **pair,
                     "metric": metric,
                     **dict(zip(("difference", "low", "high"), apart, strict=True)),
                 }

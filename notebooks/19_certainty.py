@@ -55,14 +55,14 @@ device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
 # %%
 from kmex_utils import hardware, parameters
 from kmex_utils.method.composite import Normalisation
-from kmex_utils.method.explainers import block_name
+from kmex_utils.method.explainers import block_names
 from kmex_utils.paper.runs import Run, trained_seeds
 
 settings = parameters.check(globals())
 if refits < 2:
     raise ValueError(f"refits must be at least 2, which have a spread, got {refits}")
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
-names = {b: block_name(b) for b in sorted(start_blocks, reverse=True)}
+names = block_names(start_blocks, last=True)
 last = max(start_blocks)
 readings = [(b, scale) for b in names for scale in (scales if b < last else scales[:1])]
 seeds = seeds or trained_seeds(runs, dataset)

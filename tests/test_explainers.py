@@ -9,7 +9,7 @@ from kmex_utils import networks
 from kmex_utils.data import own_input
 from kmex_utils.method.attribution import attribution, carried, chance, contributions, segment_mean, upsample
 from kmex_utils.method.composite import GRIDS, PRINTED, Normalisation, composite
-from kmex_utils.method.explainers import CNNAsSEM, EncoderKMeans, KMEx, avg_pool, block_name
+from kmex_utils.method.explainers import CNNAsSEM, EncoderKMeans, KMEx, avg_pool, block_name, block_names
 from kmex_utils.method.prototypes import Prototypes
 
 
@@ -224,3 +224,10 @@ def test_names():
     assert [block_name(b) for b in (4, 3, 2, 1)] == ["B4", "B34", "B234", "B1234"]
     with pytest.raises(ValueError, match="start blocks run from 1 to 4"):
         block_name(5)
+    assert list(block_names([2, 5], 5, last=True).items()) == [(5, "B5"), (2, "B2345")]
+    with pytest.raises(ValueError, match="start blocks run from 1 to 4"):
+        block_names([4, 5])
+    with pytest.raises(ValueError, match="must differ"):
+        block_names([4, 4])
+    with pytest.raises(ValueError, match="must hold 4"):
+        block_names([3, 2], last=True)

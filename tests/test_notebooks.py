@@ -515,11 +515,22 @@ def test_your_own_model_by_name_on_a_folder(folder, tmp_path):
         ("09_interpretation", {"seed": 3, "image": 10**6}, "image must be an index of the"),
         ("09_interpretation", {"seed": 3, "target": "ten"}, "target must be a class of resnet18, got 'ten'"),
         ("10_subset", {"seeds": [3], "fractions": [0.0, 1.0]}, "fractions must lie in"),
-        ("10_subset", {"seeds": [3], "fractions": []}, "fractions must lie in"),
+        ("10_subset", {"seeds": [3], "fractions": []}, "parameter fractions must not be empty"),
         ("10_subset", {"seeds": [3], "draws": 0}, "draws must be at least 1"),
         ("10_subset", {"seeds": [3], "start_blocks": [5]}, "there is no block 5"),
         ("18_concepts", {"seeds": [3], "fit_on": 8, "annotations": "parts.csv"}, "annotations belong to a folder"),
         ("19_certainty", {"seeds": [3], "refits": 1}, "refits must be at least 2"),
+        (
+            "19_certainty",
+            {"seeds": [3], "start_blocks": [3, 2]},
+            "start_blocks must hold 4, to compare the others with",
+        ),
+        ("16_fidelity", {"seeds": [3], "start_blocks": [5], "dataset": "mnist-mini"}, "there is no block 5"),
+        (
+            "16_fidelity",
+            {"seeds": [3], "start_blocks": [], "dataset": "mnist-mini"},
+            "start_blocks must not be empty, as in [4, 3, 2]",
+        ),
         ("14_depth", {"seeds": [3], "fit_on": 8, "prototypes_per_class": [9]}, "8 images), fewer than K/C = 9"),
     ],
 )

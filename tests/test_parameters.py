@@ -27,3 +27,11 @@ def test_a_typo_is_caught_with_the_nearest_name():
 def test_wrong_types_are_caught(name, value):
     with pytest.raises(ValueError, match=f"parameter {name} must be"):
         checked([CELL], {**VALUES, name: value})
+
+
+def test_a_list_is_empty_only_where_that_is_said():
+    given = {**VALUES, "blocks": []}
+    assert checked([CELL, "# Parameters\nblocks = []\n"], given, ["blocks"]) == given
+    assert checked(["names: list[str] = []"], {"names": []}) == {"names": []}
+    with pytest.raises(ValueError, match="parameter blocks must not be empty, as in \\[4, 2\\]"):
+        checked([CELL, "# Parameters\nblocks = []\n"], given)

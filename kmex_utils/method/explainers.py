@@ -206,3 +206,13 @@ def block_name(start_block: int, blocks: int = 4) -> str:
     if not 1 <= start_block <= blocks:
         raise ValueError(f"there is no block {start_block}: start blocks run from 1 to {blocks}")
     return "B" + "".join(map(str, range(start_block, blocks + 1)))
+
+
+def block_names(start_blocks: Sequence[int], blocks: int = 4, last: bool = False) -> dict[int, str]:
+    """The paper's name by start block, from the deepest; with ``last``, the last block must be among them."""
+    names = {b: block_name(b, blocks) for b in sorted(start_blocks, reverse=True)}
+    if len(names) < len(start_blocks):
+        raise ValueError(f"start_blocks must differ, got {list(start_blocks)}")
+    if last and blocks not in names:
+        raise ValueError(f"start_blocks must hold {blocks}, to compare the others with, got {list(start_blocks)}")
+    return names

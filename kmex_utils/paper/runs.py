@@ -78,6 +78,12 @@ class Run:
         self.settings()
         return networks.load(self.folder)
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks the network has."""
+        self.settings()
+        return len(load_json(self.folder / "network.json")["blocks"])
+
     def dataset(self, images_per_class: int = 0) -> Dataset:
         """The data set as it was for training, or of that at most the first so many images of each class."""
         given = self.settings()["data"]
