@@ -1,6 +1,7 @@
 """Figures that two notebooks share or that stand in the paper; each draws from saved results and never trains."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..training.protopnet.views import Activated
 
 DEPTHS = ("B4", "B34", "B234", "B1234")
+DASHES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 3)))  # lines that are told apart without their colours
 Points = tuple[np.ndarray, np.ndarray]  # projected [N, 2], labels [N]
 
 
@@ -154,17 +156,18 @@ def frontier(records: "pd.DataFrame", named: int) -> "Figure":
     own = table[(table.grid != "common") & table.model.isin([*DEPTHS, "ProtoPNet"])]
     wide = own.pivot_table(index=key, columns="metric", values="value").reset_index()
     wide["lost"] = wide.seed.map(cnn) - wide.accuracy_test
-    scales = list(dict.fromkeys(wide.scale[wide.model.isin(DEPTHS[1:])]))
     names = {"1/D": "$1/D_b$ (printed)", "1/sqrt(D)": "$1/\\sqrt{D_b}$", "1": "equal weights"}
+    found = list(dict.fromkeys(wide.scale[wide.model.isin(DEPTHS[1:])]))
+    scales = sorted(found, key=lambda scale: [*names, *found].index(scale))  # each has its colour in every figure
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.0), sharex=True)
     position = table[table.model == "position"].set_index("metric")["value"]
     for axes, metric, name in zip(panels, ("nmi", "purity"), ("NMI$_m$ (%)", "purity (%)"), strict=True):
-        for scale, colour in zip(scales, palette(10), strict=False):
+        for scale, colour, dashes in zip(scales, palette(10), cycle(DASHES), strict=False):
             of_scale = wide[(wide.scale == scale) | (wide.model == "B4")]
             line = []
             for model in DEPTHS:
                 of_model = of_scale[of_scale.model == model]
-                look_of = {"color": colour, "marker": look(model)["marker"]}
+                look_of = {"color": colour if model != "B4" else "0.35", "marker": look(model)["marker"]}
                 for k, at in of_model.groupby("prototypes_per_class"):
                     x, y, dx, dy = at.lost.mean(), at[metric].mean(), at.lost.std(), at[metric].std()
                     if k == named:
@@ -176,6 +179,7 @@ def frontier(records: "pd.DataFrame", named: int) -> "Figure":
             axes.plot(
                 *zip(*line, strict=True),
                 color=colour,
+                linestyle=dashes,
                 linewidth=1.2,
                 label=names.get(scale, f"weights {scale}"),
                 zorder=2,
