@@ -104,9 +104,8 @@ def explain(
     chosen = pick_device(device)
     if scratch and not expanded(scratch).is_dir():
         raise FileNotFoundError(f"scratch must be a folder that exists, got {scratch}")
-    scratch = expanded(scratch) if scratch else None
-    if scratch:
-        writable(scratch)
+    scratch = expanded(scratch or tempfile.gettempdir())
+    writable(scratch)
     if network.assumed:
         log(f"images enter {network.name} as {network.preprocessing()}")
     dataset = opened(images, network, held_out=held_out, seed=seed, scratch=scratch, log=log)
@@ -141,10 +140,10 @@ def explain(
     if not network.form:
         log(f"no attributions: Theorem 1 and eq. 11 do not hold for {network.name}: {network.between}")
     explained = Explained(network, dataset, settings)
-    with tempfile.TemporaryDirectory(dir=scratch) as temporary, exact(), torch.no_grad():
+    with exact(), torch.no_grad():
         try:
             options: dict[str, Any] = {"device": chosen, "batch_size": batch_size, "log": log}
-            passed = Passed.of(network, dataset, first, store="auto", folder=Path(temporary), **options)
+            passed = Passed.of(network, dataset, first, store="auto", folder=scratch, **options)
             if not dataset.classes:
                 passed = _stand_in(explained, passed, log)
             _fit(explained, passed, normalisation)

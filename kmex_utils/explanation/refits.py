@@ -12,6 +12,7 @@ import torch
 from ..hardware import exact, pick_device
 from ..method.explainers import EncoderKMeans
 from ..method.prototypes import Prototypes
+from ..paths import expanded
 from .passed import Passed
 
 if TYPE_CHECKING:
@@ -112,9 +113,10 @@ def passed_again(
     """
     explained.needs_its_images()
     assert explained.dataset is not None
-    with tempfile.TemporaryDirectory(dir=scratch) as temporary, exact(), torch.no_grad():
+    with exact(), torch.no_grad():
         try:
-            where: dict[str, Any] = {"folder": Path(temporary), "device": pick_device(device), "log": log}
+            folder = expanded(scratch or tempfile.gettempdir())
+            where: dict[str, Any] = {"folder": folder, "device": pick_device(device), "log": log}
             first = explained.start_blocks[-1]
             passed = Passed.of(explained.network, explained.dataset, first, store="auto", **where)
             explained.y |= {split: y.cpu() for split, y in passed.y.items()}
