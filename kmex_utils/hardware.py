@@ -79,9 +79,10 @@ def _agreed(read: Callable[[], T]) -> T | None:
 
 
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast type of training: ``auto`` is bfloat16 where the chip computes it natively, else float32.
+    """The autocast type of training: ``auto`` is bfloat16 on a GPU that computes it natively, else float32.
 
-    Only training uses it; embeddings, prototypes and explanations are always float32.
+    So CPUs with and without bfloat16 train the same network, but for rounding. Only training uses it; embeddings,
+    prototypes and explanations are always float32.
     """
     match precision, device.type:
         case "float32", _:
@@ -90,9 +91,6 @@ def training_dtype(precision: str, device: torch.device) -> torch.dtype:
             native = True
         case "auto", "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
-        case "auto", "cpu":
-            capabilities = torch.cpu.get_capabilities()
-            native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
         case "auto", _:
             native = False
         case _:
