@@ -18,6 +18,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
+from functools import cache
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import Any
@@ -225,24 +226,30 @@ def sources(file: Path, without: Collection[str] = ()) -> set[Path]:
     What a function imports when it is called is left out: a view that an explanation can draw is no part of a training.
     So are rooms of the package of the names ``without``, and what only they import.
     """
-    seen, left = set[Path](), [file]
+    seen, left = set[Path](), {file}
     while left:
         seen.add(file := left.pop())
-        package = ".".join(file.parent.relative_to(paths.ROOT).parts)
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if not isinstance(node, ast.Import | ast.ImportFrom):
-                continue
-            base = ""
-            if isinstance(node, ast.ImportFrom):
-                base = resolve_name("." * node.level + (node.module or ""), package) + "."
-            for parts in ((base + alias.name).split(".") for alias in node.names):
-                if parts[0] != "kmex_utils" or set(without).intersection(parts[1:2]):
-                    continue
-                for n in range(2, len(parts) + 1):
-                    module = paths.ROOT.joinpath(*parts[:n])
-                    files = module.with_suffix(".py"), module / "__init__.py"
-                    left += [file for file in files if file.is_file() and file not in seen]
+        left |= {of for room, files in _imported(file) if room not in without for of in files} - seen
     return seen
+
+
+@cache
+def _imported(file: Path) -> list[tuple[str, list[Path]]]:
+    """The package's files that a file imports as it is read, by room: a module's own and its packages'."""
+    found = []
+    package = ".".join(file.parent.relative_to(paths.ROOT).parts)
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        base = ""
+        if isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package) + "."
+        for parts in ((base + alias.name).split(".") for alias in node.names):
+            if parts[0] == "kmex_utils":
+                modules = [paths.ROOT.joinpath(*parts[:n]) for n in range(2, len(parts) + 1)]
+                files = [of for module in modules for of in (module.with_suffix(".py"), module / "__init__.py")]
+                found.append(("".join(parts[1:2]), [of for of in files if of.is_file()]))
+    return found
 
 
 def failures(runs: Path, since: float = 0.0) -> Iterator[str]:
