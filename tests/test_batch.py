@@ -22,6 +22,7 @@ from kmex_utils.paper import batch as workflow
 TINY = {
     "image_size": 32,
     "images_per_class": 20,
+    "classes": "0,1,2",
     "arch": "resnet18",
     "epochs": 3,
     "batch_size": 20,
