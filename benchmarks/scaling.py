@@ -61,6 +61,7 @@ class Case:
 
 
 @cache
+@cache
 def network() -> Network:
     """A ResNet34 with random weights whose batch normalisation has seen some digits."""
     classes = [str(c) for c in range(CLASSES)]
@@ -75,8 +76,8 @@ def network() -> Network:
 
 def digits(count: int, of: int = 3) -> torch.Tensor:
     """The first embedded digits of a kind, [count, 3, 224, 224]."""
-    dataset = load("mnist-mini", replace(own_input("mnist-mini"), image_size=SIZE))
-    index = (dataset.train.labels == of).nonzero().flatten()
+    dataset = load("mnist-mini", replace(own_input("mnist-mini"), image_size=SIZE), classes=f"{of},{(of + 1) % 10}")
+    index = (dataset.train.labels == dataset.classes.index(str(of))).nonzero().flatten()
     if count > len(index):
         raise ValueError(f"the embedded data has {len(index)} images of a class, fewer than {count}: lower images")
     return dataset.input(dataset.train.pixels[index[:count].numpy()])
