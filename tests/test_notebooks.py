@@ -512,6 +512,7 @@ def test_your_own_model_by_name_on_a_folder(folder, tmp_path):
         ("05_protopnet", {"seed": 3, "prototypes_per_class": 21}, "fewer than K/C = 21"),
         ("05_protopnet", {"seed": 3, "box": "cell"}, "box must be one of patch, activation"),
         ("05_protopnet", {"seed": 78}, "run notebook 01_train with dataset=mnist-mini and seed=78"),
+        ("08_umap", {"seed": 3, "group": "0,1", "images_per_class": 2}, "at least 6 training embeddings, got 4"),
         ("09_interpretation", {"seed": 3, "image": 10**6}, "image must be an index of the"),
         ("09_interpretation", {"seed": 3, "target": "ten"}, "target must be a class of resnet18, got 'ten'"),
         ("10_subset", {"seeds": [3], "fractions": [0.0, 1.0]}, "fractions must lie in"),
