@@ -257,9 +257,7 @@ def test_tables_are_compared_with_those_before(tmp_path):
     moved = written("then", accuracy_test_ProtoPNet=(96.2, 0.4), cos_class_train_ProtoPNet=(0.88, 0.021))
     first, last = workflow.comparison([file], {file: moved.read_bytes()})
     assert first == "ProtoPNet differs from the tables there before by at most 0.2 points and 0.001 in cosines."
-    assert (
-        "Another chip moves ProtoPNet alone" in last and "one without bfloat16 trains in float32 and moves all" in last
-    )
+    assert last.startswith("The others are the same. Another chip rounds otherwise, ")
     rows = rows[1:]
     fewer = written("fewer")
     first, *_ = workflow.comparison([file], {file: fewer.read_bytes()})

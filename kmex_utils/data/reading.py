@@ -24,7 +24,7 @@ from .input import Input, name_of
 
 NAMED = 10  # so many unreadable images are named; the others are counted
 AHEAD = 256  # images decoded before the first of them is taken: 37 MiB at 224 pixels
-IN_MEMORY = 2**30  # bytes of decoded images of a split; more go to a temporary file
+IN_MEMORY = 2**29  # bytes of decoded images of a split; more go to a temporary file
 LARGE = 2**25  # pixels of an image that is decoded alone: many at once would fill the memory
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, Image.DecompressionBombError)
 KINDS = {"L": "of one channel", "1": "of one channel", "P": "with a palette"}  # of Pillow's modes
@@ -72,7 +72,7 @@ class Reading:
         return image.pixels
 
     def room(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An empty uint8 array: in memory up to 1 GiB, else in a temporary file in ``scratch`` (None: the system's)."""
+        """An empty uint8 array: in memory up to half a GiB, else in a file in ``scratch`` (None: the system's)."""
         needed = int(np.prod(shape))
         if needed <= IN_MEMORY:
             return np.empty(shape, np.uint8)
