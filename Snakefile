@@ -457,7 +457,7 @@ rule report:
 
 
 rule scaling:
-    """11: what it costs on this machine, which it wants for itself; asked for by `extras`."""
+    """11: what it costs on this machine, which it wants for itself; asked for by its name."""
     input:
         code=code("11_scaling", "benchmarks/scaling.py"),
     output:
@@ -476,12 +476,11 @@ rule scaling:
 
 
 rule extras:
-    """What goes beyond the paper: subsets, open choices, depth, fidelity, concepts, the report and scaling."""
+    """What goes beyond the paper: subsets, open choices, depth, fidelity, concepts and the report."""
     input:
         f"{FIGURES}/{REPORT}/report.md",
         expand(f"{TABLES}/{{study}}.csv", dataset=DATASETS, study=["subset", "ledger", "depth", "concepts"]),
         expand(f"{TABLES}/fidelity.csv", dataset=WITH_PARTS),
-        f"{FIGURES}/scaling/fit.csv",
 
 
 rule html_of_run:

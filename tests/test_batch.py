@@ -52,7 +52,7 @@ def configuration(folder, parameters=TINY, name="mnist-mini", seeds=(0,)):
 @pytest.mark.parametrize("name", ["quick", "paper", "scratch", "efficientnet", "resnet"])
 def test_the_workflow_gives_only_parameters_the_notebooks_take(name, tmp_path):
     config = paths.ROOT / "config" / f"{name}.yaml"
-    text = batch(tmp_path, config, "all", "extras", "--dry-run", "--printshellcmds").stdout
+    text = batch(tmp_path, config, "all", "extras", "scaling", "--dry-run", "--printshellcmds").stdout
     commands = re.findall(r"process notebook .*/notebooks/(\S+)\.ipynb \S+ ('.+') \S+$", text, re.M)
     with_parts = "cub200" in yaml.safe_load(config.read_text())["datasets"]
     expected = 17 + with_parts
@@ -195,7 +195,7 @@ def test_states_of_finished_trainings_are_removed(tmp_path):
 @pytest.mark.batch
 def test_a_notebook_depends_on_what_it_imports(tmp_path):
     """Training on data, networks and the loop; not on the views of an explanation, nor on k-means."""
-    text = batch(tmp_path, configuration(tmp_path), "all", "extras", "--dry-run").stdout
+    text = batch(tmp_path, configuration(tmp_path), "all", "extras", "scaling", "--dry-run").stdout
     of = {
         rule: {file.removeprefix("kmex_utils/") for file in re.findall(rf"{paths.ROOT}/(\S+?\.py)", inputs)}
         for rule, inputs in re.findall(r"^rule (\w+):\n    input: (.+)$", text, re.M)
