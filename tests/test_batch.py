@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import pandas as pd
 import papermill
+import psutil
 import pytest
 import yaml
 from conftest import NOTEBOOKS
@@ -337,6 +339,27 @@ def test_a_kernel_that_dies_before_its_first_cell_is_named(end, why, tmp_path):
     assert done.returncode == 1
     [line] = workflow.failures(tmp_path / "runs")
     assert line.startswith(f"FAILED {out}, cell [1]: KernelDied: {why}")
+
+
+def test_what_a_notebook_started_ends_with_the_command(tmp_path):
+    cell = nbformat.v4.new_code_cell(
+        "import subprocess, time\n"
+        "started = subprocess.Popen(['sleep', '1000'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(f'{{started.pid}}\\n')\n"
+        "time.sleep(1000)"
+    )
+    metadata = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=metadata), tmp_path / "waits.ipynb")
+    command = [sys.executable, "-m", "kmex_utils.paper.process", "notebook", tmp_path / "waits.ipynb"]
+    command += [tmp_path / "out" / "waits.ipynb", "{}", tmp_path / "out"]
+    process = subprocess.Popen(command, cwd=paths.ROOT, stdin=subprocess.PIPE, process_group=0)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"), process)
+    left = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    assert int((tmp_path / "pid").read_text()) in [child.pid for child in left]
+    process.stdin.close()  # as the system does when the command ends, however it ends
+    process.wait(timeout=30)
+    _, alive = psutil.wait_procs(left, timeout=30)
+    assert not alive
 
 
 @pytest.mark.batch

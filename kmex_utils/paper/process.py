@@ -12,6 +12,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from types import FrameType
@@ -22,6 +23,7 @@ from ..store import lock
 LOCK = ".lock"  # in the folder of results
 START = 300  # seconds for a kernel to answer: beside many others one once took more than papermill's 60
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # nothing of its transport, nor that it is told to end
+KERNELS: list[int] = []  # that this process has started, each the leader of a group
 CAUSES = {  # of a kernel's end by a signal, and what to do
     "SIGKILL": "most likely because memory ran out: run fewer notebooks at a time (--cores), or smaller ones",
     "SIGBUS": "most likely because a disk filled up under a memory map: free some space",
@@ -38,9 +40,17 @@ def end_with_the_command() -> None:
 def _end_at(pipe: int) -> None:
     while os.read(pipe, 1):
         pass
+    _end_kernels()
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _end_kernels() -> None:
+    """Kernels, and what their notebooks started and left."""
+    for kernel in KERNELS:
+        with suppress(ProcessLookupError):
+            os.killpg(kernel, signal.SIGKILL)
 
 
 def interruptible(work: Callable[[], int]) -> int:
@@ -86,6 +96,7 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
         def start_new_kernel(self, **how: Any) -> None:
             super().start_new_kernel(**how)
             self.process = self.km.provisioner.process
+            KERNELS.append(self.process.pid)
 
         def execute_cell(self, cell: Any, *index: Any, **how: Any) -> Any:
             try:
@@ -105,12 +116,14 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
             how = {"stdout_file": how["stdout_file"], "startup_timeout": how["start_timeout"]}
             client = Client(nb_man, kernel_name=kernel_name, extra_arguments=QUIET, **how)
             try:
-                return client.execute(pass_fds=[file.fileno()], preexec_fn=_end_with_parent)
+                return client.execute(pass_fds=[file.fileno()], preexec_fn=end_with_parent)
             except RuntimeError as error:  # it died before the first cell or after the last, or did not answer
                 why = _died(client.process.wait()) if "died" in str(error) else str(error)
                 cells = [cell for cell in nb_man.nb.cells if cell.cell_type == "code"]
                 client.note(cells[-1 if client.code_cells_executed else 0], why)
                 return nb_man.nb
+            finally:
+                _end_kernels()
 
     papermill_engines.register("kmex", Engine)
     print(f"{time.strftime('%T')} start {out}", flush=True)
@@ -136,8 +149,8 @@ def _died(status: int) -> str:
     return f"the kernel was killed ({name}), {CAUSES.get(name, 'from outside: run again')}"
 
 
-def _end_with_parent() -> None:
-    """In a child that is about to run a kernel: end when the parent does; ipykernel, which looks itself, may hang."""
+def end_with_parent() -> None:
+    """End this process when its parent does, on Linux; ipykernel, which looks itself, may hang."""
     if sys.platform == "linux":
         import ctypes
 
