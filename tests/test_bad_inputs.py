@@ -747,7 +747,7 @@ NOTEBOOKS = [
     ("01_train", {"runs": "/proc/x"}, "/proc/x/mnist-mini/seed-0 cannot be written .*: choose another folder"),
     ("03_kmex", {"seed": -1}, "seed must be a whole number of at least 0, got -1"),
     ("03_kmex", {"restarts": []}, "parameter restarts must be of type int"),
-    ("04_encoder", {"start_blocks": []}, "start_blocks must name at least one block"),
+    ("04_encoder", {"start_blocks": []}, "parameter start_blocks must not be empty"),
     ("04_encoder", {"start_blocks": "432"}, "must be a list.int., got '432' .str.; from the shell: papermill -y"),
     ("04_encoder", {"start_blocks": 4}, "must be a list.int., got 4 .int.; from the shell: papermill -y"),
     (
@@ -758,7 +758,7 @@ NOTEBOOKS = [
     ("06_alignment", {"seeds": ["a"]}, "parameter seeds must be of type int, got 'a'"),
     ("06_alignment", {"seeds": [0, 7]}, "run notebook 01_train with dataset=mnist-mini and seed="),
     ("12_your_own_model", {"model": "resnet18"}, "give folder, the images to explain resnet18 on"),
-    ("15_report", {"datasets": []}, "datasets must name at least one"),
+    ("15_report", {"datasets": []}, "parameter datasets must not be empty"),
 ]
 
 

@@ -120,7 +120,7 @@ def browser():
 def page(lab, notebook, browser):
     """The notebook, run all, scrolled to the explorer."""
     page = browser.new_page(viewport={"width": 1500, "height": 1300})
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(120_000)
     page.goto(lab + notebook)
     page.get_by_text("| Idle").wait_for(timeout=120_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -350,7 +350,7 @@ def alone(browser, evil, material):
     """The explorer of all 24 images as a page, opened from disk, with what it asked for and its errors."""
     path = evil.page(material / "page.html", range(24), title=EVIL)
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(5_000)
+    page.set_default_timeout(20_000)
     page.asked, page.errors = [], []
     page.on("request", lambda request: page.asked.append(request.url))
     page.on("pageerror", lambda error: page.errors.append(str(error)))
