@@ -41,10 +41,6 @@ settings = parameters.check(globals())
 # %%
 from kmex_utils import paths
 
-if not datasets:
-    raise ValueError(
-        "datasets must name at least one whose notebooks have run, as ['mnist-mini']"
-    )
 made_by = paths.resolve(config)
 if config and not made_by.is_file():
     raise FileNotFoundError(
