@@ -287,8 +287,10 @@ def test_kill_and_resume(tmp_path):
     assert not re.search("jobs to execute|Building DAG|KeyboardInterrupt|over TCP", done.stdout)
 
     config = configuration(cut)
+    only = [str(cut / "figures" / "mnist-mini" / f"table{i}.csv") for i in (1, 2)]
+    only += [str(cut / "runs" / "mnist-mini" / "seed-0" / "notebooks" / "01_train.html")]
     state = cut / "runs" / "mnist-mini" / "seed-0" / "training.safetensors"
-    first = batch(cut, config, "--cores", "1", start=subprocess.Popen, start_new_session=True)
+    first = batch(cut, config, *only, "--cores", "1", start=subprocess.Popen, start_new_session=True)
     wait_for((cut / "runs" / ".lock").exists, first)
     second = batch(cut, config, "--cores", "1")
     assert second.returncode == 2 and "another run is at work in" in second.stdout
@@ -299,7 +301,7 @@ def test_kill_and_resume(tmp_path):
     assert state.exists()
 
     # a second kill, after some steps are finished
-    again = batch(cut, config, "--cores", "1", start=subprocess.Popen, start_new_session=True)
+    again = batch(cut, config, *only, "--cores", "1", start=subprocess.Popen, start_new_session=True)
     results = cut / "runs" / "mnist-mini" / "seed-0"
     wait_for((results / "results-kmex.json").exists, again)
     time.sleep(2)
@@ -307,7 +309,7 @@ def test_kill_and_resume(tmp_path):
     again.wait()
     trained = (results / "weights.safetensors").stat().st_mtime_ns
 
-    last = batch(cut, config, "--cores", "2")
+    last = batch(cut, config, *only, "--cores", "2")
     assert last.returncode == 0, last.stdout
     assert (results / "weights.safetensors").stat().st_mtime_ns == trained, "a finished step was repeated"
     for ours, expected in zip(tables(cut), tables(whole), strict=True):
@@ -315,7 +317,7 @@ def test_kill_and_resume(tmp_path):
     executed = json.loads((results / "notebooks" / "01_train.ipynb").read_text())
     assert "resuming after epoch" in json.dumps(executed)
     pages = list((cut / "runs").glob("**/notebooks/*.html"))
-    assert len(pages) == 11
+    assert len(pages) == 5
 
 
 @pytest.mark.parametrize(
