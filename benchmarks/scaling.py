@@ -36,7 +36,6 @@ from kmex_utils.method.kmeans import Clusters, kmeans
 from kmex_utils.method.operator import CompositeRows
 from kmex_utils.method.prototypes import Prototypes
 from kmex_utils.networks import Network, for_training
-from kmex_utils.paper.process import end_with_parent
 from kmex_utils.store import save_text
 
 SIZE = 224  # pixels, as CUB-200 enters the paper's ResNet34
@@ -61,7 +60,6 @@ class Case:
         return {"n_rows": self.images * (SIZE // STRIDES[first]) ** 2, "n_channels": sum(CHANNELS[first:])}
 
 
-@cache
 @cache
 def network() -> Network:
     """A ResNet34 with random weights whose batch normalisation has seen some digits."""
@@ -214,13 +212,7 @@ def compare_fits(cases: Sequence[Case], repeats: int, threads: int) -> pd.DataFr
 
 def process(threads: int) -> ProcessPoolExecutor:
     """A fresh process with so many threads."""
-    return ProcessPoolExecutor(1, get_context("spawn"), begin, (threads,))
-
-
-def begin(threads: int) -> None:
-    """In such a process: so many threads, and no life beyond its parent's."""
-    end_with_parent()
-    set_threads(threads)
+    return ProcessPoolExecutor(1, get_context("spawn"), set_threads, (threads,))
 
 
 def set_threads(threads: int) -> None:

@@ -81,8 +81,8 @@ def _agreed(read: Callable[[], T]) -> T | None:
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The autocast type of training: ``auto`` is bfloat16 on a GPU that computes it natively, else float32.
 
-    So CPUs with and without bfloat16 train the same network, but for rounding. Only training uses it; embeddings,
-    prototypes and explanations are always float32.
+    So a CPU's numbers do not depend on whether it has bfloat16, though they do on its rounding. Only training uses it;
+    embeddings, prototypes and explanations are always float32.
     """
     match precision, device.type:
         case "float32", _:

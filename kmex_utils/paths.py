@@ -1,6 +1,7 @@
 """Every path, once. Relative paths given by a user are relative to the repository's root."""
 
 import re
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,6 +18,14 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(f"{path} begins with the home of a user who is not known here: give the whole path") from None
+
+
+def scratch(folder: str | Path | None) -> Path:
+    """Where temporary files go: the folder, or the system's; a FileNotFoundError where it is none."""
+    path = expanded(folder or tempfile.gettempdir())
+    if not path.is_dir():
+        raise FileNotFoundError(f"scratch must be a folder that exists, got {folder}")
+    return path
 
 
 def resolve(path: str | Path) -> Path:

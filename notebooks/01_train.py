@@ -54,7 +54,7 @@ frozen: bool = False  # a linear probe: only the head is fitted; no epochs, no f
 batch_size: int = 0  # 0: the data set's own
 learning_rate: float = 0.0  # at the first step; 0: the data set's own
 momentum: float = -1.0  # of SGD; -1: the data set's own
-precision: str = "auto"  # float32, bfloat16, or auto: float32 but on a GPU
+precision: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU that has it
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
 data: str = "data"  # where downloads go
 

@@ -71,7 +71,7 @@ epsilon: float = 1e-4  # of the similarity
 wrong_class: float = -0.5  # first weight of a prototype for other classes
 image: int = 7  # index in the test split of the image explained
 restarts: int = 10  # of k-means for ProtoPNet + KMEx
-precision: str = "auto"  # float32, bfloat16, or auto: float32 but on a GPU
+precision: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU that has it
 device: str = "auto"  # cpu, cuda, mps, or auto: the fastest there is
 
 # %%

@@ -62,7 +62,7 @@ from kmex_utils.paper.runs import Run
 run = Run.of(runs, dataset, seed)
 images = run.dataset()
 explained = run.explained(
-    needs={name: "04_encoder" for name in block_names(start_blocks).values()}
+    needs=dict.fromkeys(block_names(start_blocks).values(), "04_encoder")
 )
 explained
 

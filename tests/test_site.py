@@ -80,22 +80,24 @@ def test_it_reads_without_a_network(site):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         for file in pages:
-            page, asked = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light"), []
+            page, asked = browser.new_page(), []
             page.on("request", lambda request, asked=asked: asked.append(request.url))
             page.goto(file.as_uri())
             page.wait_for_function("!window.MathJax || (MathJax.startup && MathJax.startup.document)")
             page.evaluate("window.MathJax && MathJax.startup.promise")
+            for width, scheme in ((1280, "light"), (390, "dark")):
+                page.emulate_media(color_scheme=scheme)
+                page.set_viewport_size({"width": width, "height": 900})
+                written, drawn, wrong = page.evaluate(
+                    "['.math', '.math mjx-container', 'mjx-merror'].map(s => document.querySelectorAll(s).length)"
+                )
+                assert drawn >= written and not wrong, file.name
+                broken = (
+                    "[...document.images].filter(i => !i.loading.includes('lazy') && !i.naturalWidth).map(i => i.src)"
+                )
+                assert page.evaluate(broken) == [], file.name
+                assert page.evaluate("document.documentElement.scrollWidth") <= width, file.name
             assert all(url.startswith(("file:", "data:", "blob:")) for url in asked), file.name
-            written, drawn, wrong = page.evaluate(
-                "['.math', '.math mjx-container', 'mjx-merror'].map(s => document.querySelectorAll(s).length)"
-            )
-            assert drawn >= written and not wrong, file.name
-            broken = "[...document.images].filter(i => !i.loading.includes('lazy') && !i.naturalWidth).map(i => i.src)"
-            assert page.evaluate(broken) == [], file.name
-            assert page.evaluate("document.documentElement.scrollWidth") <= 1280, file.name
-            page.emulate_media(color_scheme="dark")
-            page.set_viewport_size({"width": 390, "height": 900})
-            assert page.evaluate("document.documentElement.scrollWidth") <= 390, file.name
             formulas, images = formulas + drawn, images + page.evaluate("document.images.length")
             page.close()
         browser.close()

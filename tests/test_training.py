@@ -231,7 +231,7 @@ def test_devices():
     torch.ones(1, dtype=torch.float64, device=double_device(pick_device()))
     with pytest.raises(ValueError, match="device 'gpu' cannot be used here"):
         pick_device("gpu")
-    assert training_dtype("auto", torch.device("cpu")) == torch.float32  # whatever the chip: the same tables
+    assert training_dtype("auto", torch.device("cpu")) == torch.float32  # whatever the chip
     assert training_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
     with pytest.raises(ValueError, match="precision must be"):
         training_dtype("fp16", torch.device("cpu"))

@@ -146,8 +146,7 @@ def load(
     """
     if crop and source != "cub200":
         raise ValueError("`crop` cuts to CUB-200's bounding boxes; leave it False for other data")
-    if scratch and not paths.expanded(scratch).is_dir():
-        raise FileNotFoundError(f"scratch must be a folder that exists, got {scratch}")
+    scratch = paths.scratch(scratch)
     choice: dict[str, Any] = {"images_per_class": images_per_class, "validation": validation, "held_out": held_out}
     choice |= {"classes": classes, "seed": seed}
     downloads, reading = paths.resolve(data or paths.DATA), Reading(strict=strict, scratch=scratch)

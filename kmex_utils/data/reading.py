@@ -4,7 +4,6 @@ import math
 import re
 import shutil
 import struct
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from ..paths import expanded
+from .. import paths
 from ..store import room
 from .input import Input, name_of
 
@@ -76,7 +75,7 @@ class Reading:
         needed = int(np.prod(shape))
         if needed <= IN_MEMORY:
             return np.empty(shape, np.uint8)
-        folder = expanded(self.scratch or tempfile.gettempdir())
+        folder = paths.scratch(self.scratch)
         free = shutil.disk_usage(folder).free
         if needed > free:
             sizes = f"{shape[0]:,} images take {needed / 2**30:.1f} GiB and {folder} has {free / 2**30:.1f} free"

@@ -1,6 +1,5 @@
 """From a frozen network and a folder of images to an explanation: one pass, class-wise k-means, a table."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .. import paths
 from ..data import Dataset
 from ..hardware import exact, pick_device
 from ..method.composite import Normalisation
@@ -17,7 +17,6 @@ from ..method.measures import accuracy, cosine_alignment
 from ..networks import Network
 from ..networks.network import network as to_explain
 from ..parameters import whole
-from ..paths import expanded
 from ..store import writable
 from .explained import Explained, opened
 from .gallery import network_classes, relabelled
@@ -102,9 +101,7 @@ def explain(
     block_name(first, blocks)  # refuses a block that is not there
     normalisation = Normalisation(norm, scale, align_corners, grid)
     chosen = pick_device(device)
-    if scratch and not expanded(scratch).is_dir():
-        raise FileNotFoundError(f"scratch must be a folder that exists, got {scratch}")
-    scratch = expanded(scratch or tempfile.gettempdir())
+    scratch = paths.scratch(scratch)
     writable(scratch)
     if network.assumed:
         log(f"images enter {network.name} as {network.preprocessing()}")
@@ -113,7 +110,7 @@ def explain(
         **network.settings(),
         "dataset": dataset.name,
         "data": dataset.settings,
-        "folder": str(expanded(images).absolute()) if isinstance(images, str | Path) else "",
+        "folder": str(paths.expanded(images).absolute()) if isinstance(images, str | Path) else "",
         "start_block": first,
         "prototypes_per_class": prototypes_per_class,
         "held_out": dataset.settings.get("held_out", 0.0),

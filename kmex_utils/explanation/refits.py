@@ -1,6 +1,5 @@
 """How sure prototypes are: k-means from other seeds gives others, matched to them one by one."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -9,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import paths
 from ..hardware import exact, pick_device
 from ..method.explainers import EncoderKMeans
 from ..method.prototypes import Prototypes
-from ..paths import expanded
 from .passed import Passed
 
 if TYPE_CHECKING:
@@ -115,8 +114,7 @@ def passed_again(
     assert explained.dataset is not None
     with exact(), torch.no_grad():
         try:
-            folder = expanded(scratch or tempfile.gettempdir())
-            where: dict[str, Any] = {"folder": folder, "device": pick_device(device), "log": log}
+            where: dict[str, Any] = {"folder": paths.scratch(scratch), "device": pick_device(device), "log": log}
             first = explained.start_blocks[-1]
             passed = Passed.of(explained.network, explained.dataset, first, store="auto", **where)
             explained.y |= {split: y.cpu() for split, y in passed.y.items()}

@@ -116,7 +116,7 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
             how = {"stdout_file": how["stdout_file"], "startup_timeout": how["start_timeout"]}
             client = Client(nb_man, kernel_name=kernel_name, extra_arguments=QUIET, **how)
             try:
-                return client.execute(pass_fds=[file.fileno()], preexec_fn=end_with_parent)
+                return client.execute(pass_fds=[file.fileno()], preexec_fn=_end_with_parent)
             except RuntimeError as error:  # it died before the first cell or after the last, or did not answer
                 why = _died(client.process.wait()) if "died" in str(error) else str(error)
                 cells = [cell for cell in nb_man.nb.cells if cell.cell_type == "code"]
@@ -149,7 +149,7 @@ def _died(status: int) -> str:
     return f"the kernel was killed ({name}), {CAUSES.get(name, 'from outside: run again')}"
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """End this process when its parent does, on Linux; ipykernel, which looks itself, may hang."""
     if sys.platform == "linux":
         import ctypes
