@@ -33,6 +33,8 @@ WITH_PARTS = [name for name, chosen in DATASETS.items() if name == "cub200" or (
 wildcard_constraints:
     dataset="[^/]+",
     seed="[0-9]+",
+    shard="[0-9]+",
+    shards="[0-9]+",
 
 
 def code(notebook, *started):
@@ -97,6 +99,19 @@ def execute(notebook):
     """The command of a rule, whose parameter ``given`` and log it takes."""
     run = quoted(sys.executable, "-m", "kmex_utils.paper.process", "notebook", BASE / "notebooks" / f"{notebook}.ipynb")
     return f"exec {run} {{log:q}} {{params.given:q}} {quoted(RUNS)}"
+
+
+def shards(wildcards, stage):
+    """What the shards of notebook 4 leave, where a data set has more than one."""
+    count = (DATASETS[wildcards.dataset] or {}).get("shards", 1)
+    names = [f"{RUN}/shards/{stage}-{number}-of-{count}.safetensors" for number in range(1, count + 1)]
+    return [name.format(**wildcards) for name in names] if count > 1 else []
+
+
+def shard(stage):
+    """The command of a shard, whose parameter ``given`` and log it takes."""
+    run = quoted(sys.executable, "-m", "kmex_utils.paper.process", "shard", stage)
+    return f"exec {run} {{wildcards.shard}} {{log:q}} {{params.given:q}} {quoted(RUNS)}"
 
 
 rule all:
@@ -167,11 +182,52 @@ rule kmex:
         execute("03_kmex")
 
 
+rule shard_fit:
+    """04 in shards: class-wise k-means of some of the classes."""
+    input:
+        f"{RUN}/training.json",
+        code=code("04_encoder"),
+    output:
+        f"{RUN}/shards/fit-{{shard}}-of-{{shards}}.safetensors",
+    params:
+        given=given("04_encoder", seed=seed, threads=config["threads"]),
+    log:
+        f"{RUN}/shards/fit-{{shard}}-of-{{shards}}.log",
+    benchmark:
+        f"{RUN}/cost/shards/fit-{{shard}}-of-{{shards}}.tsv"
+    resources:
+        gpu=1,
+    threads: config["threads"]
+    shell:
+        shard("fit")
+
+
+rule shard_maps:
+    """04 in shards: maps of some of the images, by the prototypes of all classes."""
+    input:
+        lambda wildcards: shards(wildcards, "fit"),
+        code=code("04_encoder"),
+    output:
+        f"{RUN}/shards/maps-{{shard}}-of-{{shards}}.safetensors",
+    params:
+        given=given("04_encoder", seed=seed, threads=config["threads"]),
+    log:
+        f"{RUN}/shards/maps-{{shard}}-of-{{shards}}.log",
+    benchmark:
+        f"{RUN}/cost/shards/maps-{{shard}}-of-{{shards}}.tsv"
+    resources:
+        gpu=1,
+    threads: config["threads"]
+    shell:
+        shard("maps")
+
+
 rule encoder:
-    """04: class-wise k-means on the composite, from each start block."""
+    """04: class-wise k-means on the composite, from each start block; with shards, what they have made."""
     input:
         f"{RUN}/training.json",
         f"{RUN}/results-train.json",
+        lambda wildcards: shards(wildcards, "fit") + shards(wildcards, "maps"),
         code=code("04_encoder"),
     output:
         f"{RUN}/results-encoder.json",

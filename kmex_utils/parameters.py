@@ -60,6 +60,13 @@ def declared(source: str) -> dict[str, str]:
     return {ast.unparse(statement.target): ast.unparse(statement.annotation) for statement in found}
 
 
+def resolved(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a notebook's script, but for those ``given``; each of its declared type."""
+    found = (s for s in _statements(source) if isinstance(s, ast.AnnAssign))
+    defaults = {ast.unparse(s.target): ast.literal_eval(s.value) for s in found if s.value}
+    return {name: typed(name, kind, given.get(name, defaults[name])) for name, kind in declared(source).items()}
+
+
 def whole(least: int = 0, most: int = 2**63 - 1, **values: Any) -> None:
     """A ValueError that names the first of the ``values`` that is no whole number in [least, most]."""
     for name, value in values.items():

@@ -51,6 +51,7 @@ grid: str = "shallowest"  # R' of eq. 7, of the shallowest block, or: deepest, d
 dataset: str = "mnist-mini"  # as in 01_train
 seed: int = 0  # of the training to explain, and of k-means
 threads: int = 0  # CPU threads; 0: as the environment says
+shards: int = 1  # gathers what so many shards have made; 1: made here
 runs: str = "runs"  # where the earlier notebooks left their results
 # What you may change
 start_blocks: list[int] = [4, 3, 2]  # 4: B4, 3: B34, 2: B234, 1: B1234
@@ -71,7 +72,7 @@ from kmex_utils.method.explainers import block_names
 from kmex_utils.paper.runs import Run
 
 run = Run.of(runs, dataset, seed)
-names = block_names(start_blocks)
+names = block_names(start_blocks, run.blocks)
 normalisation = Normalisation(norm, scale, align_corners, grid)
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
 images = run.dataset()
@@ -86,17 +87,21 @@ prototypes_per_class = prototypes_per_class or run.settings()["prototypes_per_cl
 # [notebook 11](11_scaling.ipynb).
 
 # %%
-import torch
-
 from kmex_utils.explanation.passed import Passed
+from kmex_utils.paper.shards import Gathered
 
-passed = Passed.of(
-    explained.network, images, min(names), store=store, folder=run.folder, device=device
-)
-first = passed.x["train"].read(torch.tensor([0]), min(names))
+where = {"store": store, "folder": run.folder, "device": device}
+if shards == 1:
+    passed = Passed.of(explained.network, images, min(names), **where)
+else:  # the same numbers, from processes of their own
+    passed = Gathered(run, images, settings)
+
+first = images.input(images.train.pixels[:1], device)
+x = explained.network.eval().to(device).activations(first)
 {
     f"B{b}": f"{u.shape[2]} x {u.shape[3]} positions, {u.shape[1]} channels"
-    for b, u in enumerate(first, min(names))
+    for b, u in enumerate(x, 1)
+    if b >= min(names)
 }
 
 # %% [markdown]
@@ -116,7 +121,8 @@ maps = {}
 for b, name in names.items():
     explainer = passed.fit_encoder(b, normalisation, prototypes_per_class, **how)
     maps[b, "train"] = passed.map(explainer, "train")
-    explained.add_encoder(explainer, passed, maps[b, "train"], **how)
+    nearest = passed.nearest(explainer, maps[b, "train"])
+    explained.add_encoder(explainer, nearest, maps[b, "train"], **how)
     explained.save(run.folder, only=[name])
 explained
 
@@ -177,6 +183,7 @@ table.pivot(index="model", columns=["metric", "split"], values="%").reindex(
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
+import torch
 
 from kmex_utils.drawing import STYLE, palette, short
 

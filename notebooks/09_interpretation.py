@@ -62,7 +62,7 @@ from kmex_utils.paper.runs import Run
 run = Run.of(runs, dataset, seed)
 images = run.dataset()
 explained = run.explained(
-    needs=dict.fromkeys(block_names(start_blocks).values(), "04_encoder")
+    needs=dict.fromkeys(block_names(start_blocks, run.blocks).values(), "04_encoder")
 )
 explained
 

@@ -51,9 +51,9 @@ from kmex_utils.paper.runs import Run, trained_seeds
 
 settings = parameters.check(globals())
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
-names = block_names(start_blocks, last=True)
 readings = {scale: Normalisation(scale=scale) for scale in scales}
 seeds = seeds or trained_seeds(runs, dataset)
+names = block_names(start_blocks, Run.of(runs, dataset, seeds[0]).blocks, last=True)
 
 # %% [markdown]
 # ## One number of prototypes

@@ -65,8 +65,8 @@ from kmex_utils.paper.runs import Run, trained_seeds
 
 settings = parameters.check(globals())
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
-names = block_names(start_blocks, last=True)
 seeds = seeds or trained_seeds(runs, dataset)
+names = block_names(start_blocks, Run.of(runs, dataset, seeds[0]).blocks, last=True)
 
 # %% [markdown]
 # ## The methods

@@ -62,10 +62,10 @@ settings = parameters.check(globals())
 if refits < 2:
     raise ValueError(f"refits must be at least 2, which have a spread, got {refits}")
 device, threads = hardware.pick_device(device), hardware.set_threads(threads)
-names = block_names(start_blocks, last=True)
+seeds = seeds or trained_seeds(runs, dataset)
+names = block_names(start_blocks, Run.of(runs, dataset, seeds[0]).blocks, last=True)
 last = max(start_blocks)
 readings = [(b, scale) for b in names for scale in (scales if b < last else scales[:1])]
-seeds = seeds or trained_seeds(runs, dataset)
 
 # %% [markdown]
 # ## The images

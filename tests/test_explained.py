@@ -402,7 +402,8 @@ def test_fitted_again_it_shows_the_patches_of_its_new_prototypes(explained, resn
     again = kmex.load(tmp_path, module=resnet.module, images=photos)
     one = passed.Passed.of(resnet, again.dataset, 4)
     explainer = one.fit_encoder(4, again.explainers[4].normalisation, 3, seed=7, restarts=1)
-    again.add_encoder(explainer, one, one.map(explainer, "train"), seed=7, restarts=1)
+    maps = one.map(explainer, "train")
+    again.add_encoder(explainer, one.nearest(explainer, maps), maps, seed=7, restarts=1)
     for k in range(6):
         index, position = (int(n[k, 0]) for n in near(again, 4))
         segments = again.maps[4, "train"][index].numpy()

@@ -8,9 +8,10 @@ import torch
 
 from ..method.explainers import EncoderKMeans
 from ..method.operator import CompositeRows
+from .nearest import Nearest, appearances
 
 if TYPE_CHECKING:
-    from .explained import Explained, Nearest
+    from .explained import Explained
 
 BATCH = 32  # images passed at a time
 LONGEST = 60  # characters of a name
@@ -133,7 +134,7 @@ class Edits:
         of_block = (edit for edit in self.done if edit["start_block"] == start_block and edit["edit"] == "rename")
         return {edit["prototypes"][0]: edit["name"] for edit in of_block}
 
-    def fitted(self, start_block: int) -> "tuple[EncoderKMeans, Nearest, torch.Tensor | None]":
+    def fitted(self, start_block: int) -> tuple[EncoderKMeans, Nearest, torch.Tensor | None]:
         """The explainer as fitted, what was near its prototypes then, and the training images' maps, if known."""
         explained, b = self._explained, start_block
         return self._fitted.get(b) or (explained.explainers[b], explained.nearest[b], explained.maps.get((b, "train")))
@@ -232,13 +233,3 @@ class Edits:
                 raise ValueError(f"a name is one line of 1 to {LONGEST} characters, got {text!r}")
         else:
             raise ValueError(f"no edit {edit['edit']!r}")
-
-
-def appearances(labels_of_prototypes: torch.Tensor, labels: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """In how many images of its class each prototype appears, [K], from ``labels`` [N] and ``maps`` [N, H', W']."""
-    counts = torch.zeros_like(labels_of_prototypes)
-    for c in labels_of_prototypes.unique().tolist():
-        q_s = maps[labels == c].flatten(1)
-        for k in (labels_of_prototypes == c).nonzero().flatten().tolist():
-            counts[k] = (q_s == k).any(1).sum()
-    return counts

@@ -31,9 +31,10 @@ from ..networks import Network
 from ..networks.network import Target
 from ..store import holds, load_json, load_tensors, replacing, save_json, save_tensors, writable
 from . import gallery
-from .edits import BATCH, Edited, Edits, appearances, left_of
-from .interpretation import EXAMPLES, Interpretation, Patch, segment_patch
-from .passed import SPLITS, Passed
+from .edits import BATCH, Edited, Edits, left_of
+from .interpretation import Interpretation, Patch, segment_patch
+from .nearest import Nearest
+from .passed import SPLITS
 from .refits import Refits, refit
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from .explorer import Explorer
     from .margin import Margin
 
-NEAREST = 5  # patches of each prototype, of as many images: what one row of the explorer holds
 SMALL_PATCH = 96  # pixels of a patch saved small: as the explorer shows it
 KEPT_SEEN = 32  # images from outside the data set whose maps stay in memory
 T = TypeVar("T")
@@ -94,81 +94,6 @@ class Attributed(NamedTuple):
     contributions: dict[int, torch.Tensor]
     centre: dict[int, torch.Tensor]
     half: dict[int, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """Training images near the prototypes of an explainer.
-
-    ``index`` of the image and ``position`` of its nearest row, [K, n] each (-1: the class has no more images);
-    ``shared`` [K]: in how many training images of its class a prototype appears, ``images`` [K]: of how many. Ordered
-    by their cell nearest to it, these have a median and a last one: ``examples`` [K, 2, 2], image and position of it
-    (-1: none).
-    """
-
-    index: torch.Tensor
-    position: torch.Tensor
-    shared: torch.Tensor
-    images: torch.Tensor
-    examples: torch.Tensor
-
-    @classmethod
-    def of(cls, explainer: EncoderKMeans, passed: Passed, maps: torch.Tensor) -> "Nearest":
-        """By definition, from the rows of each class; ``maps`` q_s of the training images, [N, H', W']."""
-        p, labels = explainer.prototypes, passed.labels["train"]
-        index = torch.full((len(p), NEAREST), -1)
-        position, images = index.clone(), torch.zeros(len(p), dtype=torch.int64)
-        shared, examples = appearances(p.labels, labels, maps), torch.full((len(p), len(EXAMPLES), 2), -1)
-        for c in p.labels.unique().tolist():
-            of_class = (p.labels == c).nonzero().flatten()
-            members = (labels == c).nonzero().flatten()
-            rows = passed.rows(members, explainer.start_block, explainer.normalisation)
-            distance, row = rows.nearest(p.vectors[of_class])
-            first = torch.searchsorted(members, p.image[of_class])  # the nearest row of all, as the clustering noted it
-            distance.scatter_(1, first[:, None], -torch.inf)
-            row.scatter_(1, first[:, None], p.position[of_class, None])
-            n = min(NEAREST, len(members))
-            order = distance.topk(n, 1, largest=False).indices
-            index[of_class, :n], position[of_class, :n] = members[order], row.gather(1, order)
-            images[of_class] = len(members)
-            cells = maps[members].flatten() == of_class[:, None]
-            distance, row = rows.nearest(p.vectors[of_class], cells)
-            order, have = distance.argsort(1), (distance < torch.inf).sum(1)
-            for e, rank in enumerate(((have - 1) // 2, have - 1)):  # the median and the last
-                which = order.gather(1, rank.clamp_min(0)[:, None])
-                places = torch.cat([members[which], row.gather(1, which)], 1)
-                examples[of_class, e] = torch.where(have[:, None] > 0, places, -1)
-        return cls(index, position, shared, images, examples)
-
-    def check(self, prototypes: int) -> None:
-        """A ValueError unless this is of so many prototypes, in whole numbers."""
-        index, position, examples = self.index, self.position, self.examples
-        shapes = {len(x) for x in vars(self).values()} == {prototypes} and examples.shape[2:] == (2,)
-        if not shapes or index.dim() != 2 or index.shape != position.shape or examples.shape[1] > len(EXAMPLES):
-            raise ValueError("its nearest patches are of other prototypes")
-        if any(x.is_floating_point() or (x < -1).any() for x in vars(self).values()):
-            raise ValueError("its nearest patches are no whole numbers")
-
-    def first(self) -> "Nearest":
-        """The nearest one alone."""
-        return replace(self, index=self.index[:, :1], position=self.position[:, :1], examples=self.examples[:, :0])
-
-    def ranks(self) -> list[tuple[int, int | str]]:
-        """(prototype, rank) of every patch there is, ``typical`` and ``weakest`` in place of a rank last."""
-        ranks: list[tuple[int, int | str]] = [(k, rank) for k, rank in (self.index >= 0).nonzero().tolist()]
-        return ranks + [(k, EXAMPLES[e]) for k, e in (self.examples[..., 0] >= 0).nonzero().tolist()]
-
-    def place(self, prototype: int, rank: int | str) -> tuple[int, int]:
-        """Training image and position of a patch."""
-        if isinstance(rank, int):
-            return int(self.index[prototype, rank]), int(self.position[prototype, rank])
-        e = EXAMPLES.index(rank)
-        if e >= self.examples.shape[1] or self.examples[prototype, e, 0] < 0:
-            raise ValueError(
-                f"prototype {prototype} has no {rank} example: no cell in its class's images, or not saved"
-            )
-        image, position = self.examples[prototype, e].tolist()
-        return image, position
 
 
 class Explained:
@@ -247,7 +172,7 @@ class Explained:
         self._made[f"KMEx-{count}"] = {"prototypes_per_class": count, **settings}
         return f"KMEx-{count}"
 
-    def add_encoder(self, explainer: EncoderKMeans, passed: Passed, maps: torch.Tensor, **settings: Any) -> str:
+    def add_encoder(self, explainer: EncoderKMeans, nearest: Nearest, maps: torch.Tensor, **settings: Any) -> str:
         """Take B4, B34 … in with what is near its prototypes; returns its name.
 
         ``maps`` are q_s of the training images, [N, H', W']; ``settings`` say how it was fitted.
@@ -257,7 +182,7 @@ class Explained:
             raise ValueError(f"{self.name(b)} was edited, and another fit has other prototypes: edits.undo() first")
         self.explainers[b], self.maps[b, "train"] = explainer, maps.int()
         self.refits.pop(b, None)
-        self.nearest[b] = Nearest.of(explainer, passed, maps)
+        self.nearest[b] = nearest
         self._drawn = {key: pixels for key, pixels in self._drawn.items() if key[0] != b}  # of prototypes before
         count = len(explainer.prototypes) // len(self.classes)
         how = {"start_block": b, "prototypes_per_class": count, **asdict(explainer.normalisation)}

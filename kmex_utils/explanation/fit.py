@@ -163,7 +163,8 @@ def _fit(explained: Explained, passed: Passed, normalisation: Normalisation) -> 
     index = passed.some_of_each_class(settings["fit_on"], settings["seed"])
     for b in range(passed.blocks, settings["start_block"] - 1, -1):
         explainer = passed.fit_encoder(b, normalisation, prototypes_per_class, index=index, **options)
-        explained.add_encoder(explainer, passed, passed.map(explainer, "train"), **how)
+        maps = passed.map(explainer, "train")
+        explained.add_encoder(explainer, passed.nearest(explainer, maps), maps, **how)
         explained.maps[b, "test"] = passed.map(explainer, "test").int()
     for count in sorted({1, prototypes_per_class}):
         explained.add_kmex(passed.fit_kmex(count, index=index, **options), **how)

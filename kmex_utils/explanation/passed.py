@@ -17,21 +17,53 @@ from ..method.operator import CompositeRows
 from ..method.products import double_device
 from ..method.prototypes import classwise
 from ..networks import Network
+from ..parameters import whole
 from .activations import Activations, keep
+from .nearest import Nearest
 
 SPLITS = {"train": "images of the prototypes", "test": "held out"}  # as tables say it
 IN_MEMORY = 2 * 2**30  # bytes of activations that `store="auto"` and the rows of one class may take in memory
 
 
 @dataclass(frozen=True)
-class Passed:
-    """x(b) of a data set's images for the blocks from the first passed on, with the network's scores.
+class Shard:
+    """Part ``number`` (from 1) of the work on a data set, ``of`` so many: whole classes and whole batches.
 
-    ``x`` and ``labels`` [N] (-1: no class) by split; ``classes`` are the C names that labels count. Fits are of all
-    training images or of those of an ``index``; their options are ``seed`` and ``restarts`` of k-means.
+    Batches do not depend on ``of``: training images of one class each, test images in order. So a network computes
+    the same of an image, whatever the number of shards.
+    """
+
+    number: int = 1
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        whole(1, shards=self.of)
+        whole(1, self.of, shard=self.number)
+
+    def batches(self, labels: dict[str, torch.Tensor], batch_size: int) -> dict[str, list[torch.Tensor]]:
+        """Index of the images of each batch, [n], by split; ``labels`` [N] of all images."""
+        classes = self._part([(labels["train"] == c).nonzero().flatten() for c in labels["train"].unique()])
+        test = self._part(torch.arange(len(labels["test"])).split(batch_size)) if len(labels["test"]) else []
+        return {"train": [batch for index in classes for batch in index.split(batch_size)], "test": list(test)}
+
+    def _part(self, work: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return work[len(work) * (self.number - 1) // self.of : len(work) * self.number // self.of]
+
+
+WHOLE = Shard()
+
+
+@dataclass(frozen=True)
+class Passed:
+    """x(b) of a data set's images, or a shard of them, for the blocks from the first passed on; the network's scores.
+
+    By split: ``x`` of the images of ``batches`` (an index [n] each) and ``labels`` [N] of all (-1: no class).
+    ``classes`` are the C names that labels count. Fits are of all training images passed or of those of an ``index``;
+    their options are ``seed`` and ``restarts`` of k-means.
     """
 
     x: dict[str, Activations]
+    batches: dict[str, list[torch.Tensor]]
     labels: dict[str, torch.Tensor]
     classes: tuple[str, ...]
     blocks: int
@@ -48,29 +80,38 @@ class Passed:
         folder: Path | None = None,
         device: torch.device | str = "cpu",
         batch_size: int = 128,
+        shard: Shard = WHOLE,
+        splits: Sequence[str] = tuple(SPLITS),
         log: Callable[[str], None] = print,
     ) -> "Passed":
-        """One pass over both splits.
+        """One pass over the ``splits``, or over a shard of them.
 
         ``store`` and ``folder`` as in :func:`~kmex_utils.explanation.activations.keep`; ``auto`` takes memory up to
         2 GiB, then the disk of ``folder``, then nowhere, and says so.
         """
         blocks = len(network.blocks)
         block_name(first_block, blocks)  # refuses a block that is not there
+        labels = {split: dataset.split(split).labels for split in SPLITS}
+        batches = {s: of if s in splits else [] for s, of in shard.batches(labels, batch_size).items()}
         if store == "auto":
             with torch.no_grad():
                 probe = network.eval().to(device).activations(dataset.input(dataset.train.pixels[:1], device))
-            images = len(dataset.train) + len(dataset.test)
+            images = sum(len(batch) for of_split in batches.values() for batch in of_split)
             store = _place(images * sum(x.nbytes for x in probe[first_block - 1 :]), folder, log)
-        where: dict[str, Any] = {"folder": folder, "device": device, "batch_size": batch_size}
-        x = {split: keep(network, dataset, split, first_block, store, **where) for split in ("train", "test")}
-        labels = {split: dataset.split(split).labels for split in x}
-        return cls(x, labels, dataset.classes, blocks, double_device(torch.device(device)))
+        where: dict[str, Any] = {"folder": folder, "device": device}
+        x = {s: keep(network, dataset, s, first_block, store, batches=batches[s], **where) for s in SPLITS}
+        return cls(x, batches, labels, dataset.classes, blocks, double_device(torch.device(device)))
 
     @property
     def y(self) -> dict[str, torch.Tensor]:
-        """The network's scores by split, [N, C']."""
+        """The network's scores of the images passed by split, [N, C']."""
         return {split: x.y for split, x in self.x.items()}
+
+    @property
+    def classes_here(self) -> list[int]:
+        """Those whose training images were passed: all, or a shard's."""
+        index, labels = self.x["train"].index, self.labels["train"]
+        return list(range(len(self.classes))) if len(index) == len(labels) else labels[index].unique().tolist()
 
     def rows(self, index: torch.Tensor, start_block: int, normalisation: Normalisation) -> CompositeRows:
         """Rows of q(b:) of some training images, in memory where they fit."""
@@ -88,19 +129,20 @@ class Passed:
         **options: Any,
     ) -> EncoderKMeans:
         """B4, B34 …: class-wise k-means on the rows of q(b:)."""
-        index = self._all("train") if index is None else index
+        index = self.x["train"].index if index is None else index
 
         def rows_of(members: torch.Tensor) -> CompositeRows:
             return self.rows(index[members], start_block, normalisation)
 
         labels, name = self.labels["train"][index], block_name(start_block, self.blocks)
-        prototypes = classwise(rows_of, labels, self.classes, prototypes_per_class, progress=name, **options)
+        options |= {"among": self.classes_here, "progress": name}
+        prototypes = classwise(rows_of, labels, self.classes, prototypes_per_class, **options)
         prototypes = replace(prototypes, image=index[prototypes.image])  # of the training split, not of ``index``
         return EncoderKMeans(prototypes, len(self.classes), start_block, normalisation)
 
     def fit_kmex(self, prototypes_per_class: int, *, index: torch.Tensor | None = None, **options: Any) -> KMEx:
         """KMEx: class-wise k-means on z."""
-        index = self._all("train") if index is None else index
+        index = self.x["train"].index if index is None else index
         z, labels = self.z("train", index), self.labels["train"][index]
         kmex = fit_kmex(z, labels, self.classes, prototypes_per_class, **options)
         return KMEx(replace(kmex.prototypes, image=index[kmex.prototypes.image]), len(self.classes))
@@ -119,17 +161,29 @@ class Passed:
 
     def z(self, split: str, index: torch.Tensor | None = None) -> torch.Tensor:
         """Embeddings of a split, or of some of its images, [N, D]."""
-        parts = (self._all(split) if index is None else index).split(512)  # images: h of more would be copied at once
+        parts = (self.x[split].index if index is None else index).split(
+            512
+        )  # images: h of more would be copied at once
         return torch.cat([avg_pool(self.x[split].read(part, self.blocks)[-1]).cpu() for part in parts])
 
     def map(self, explainer: EncoderKMeans, split: str) -> torch.Tensor:
-        """q_s(b:) of a split, [N, H', W']."""
+        """q_s(b:) of the images passed, [N, H', W']."""
+        b, normalisation, batches = explainer.start_block, explainer.normalisation, self.batches[split]
         how: dict[str, Any] = {"keep": False, "device": self.device}
-        if not len(self.x[split]):
-            one = self.x["train"].rows(torch.tensor([0]), explainer.start_block, explainer.normalisation, **how)
+        if not batches:
+            one = self.x["train"].rows(self.x["train"].index[:1], b, normalisation, **how)
             return torch.empty(0, *one.grid, dtype=torch.int64)
-        rows = self.x[split].rows(self._all(split), explainer.start_block, explainer.normalisation, **how)
-        return explainer.sim(rows).cpu()
+        q_s = [explainer.sim(self.x[split].rows(index, b, normalisation, **how)).cpu() for index in batches]
+        return torch.cat(q_s)[torch.cat(batches).argsort()]
+
+    def nearest(self, explainer: EncoderKMeans, maps: torch.Tensor) -> Nearest:
+        """The training patches nearest to the prototypes of the classes passed; ``maps`` of :meth:`map`."""
+
+        def rows_of(members: torch.Tensor) -> CompositeRows:
+            return self.rows(members, explainer.start_block, explainer.normalisation)
+
+        index = self.x["train"].index
+        return Nearest.of(explainer, maps, self.labels["train"][index], index, rows_of)
 
     def accuracies(
         self, explainer: EncoderKMeans, splits: Sequence[str] = ("train", "test")
@@ -137,9 +191,6 @@ class Passed:
         """(metric, split, %): both readings of the prediction of eq. 10."""
         for split in splits:
             yield from accuracies(explainer, self.map(explainer, split), self.labels[split], split)
-
-    def _all(self, split: str) -> torch.Tensor:
-        return torch.arange(len(self.x[split]))
 
 
 def accuracies(

@@ -38,6 +38,7 @@ def classwise(
     prototypes_per_class: int,
     *,
     seed: int = 0,
+    among: Sequence[int] | None = None,
     progress: str = "k-means",
     **options: Any,
 ) -> Prototypes:
@@ -45,12 +46,14 @@ def classwise(
 
     ``rows_of`` gives the rows of some images (an index [n] into the training split), whole images in that order;
     ``labels`` [N] are the training images' classes, ``options`` those of :func:`~kmex_utils.method.kmeans.kmeans`.
-    A class with fewer rows than ``prototypes_per_class`` is refused before any clustering.
+    A class with fewer rows than ``prototypes_per_class`` is refused before any clustering. With ``among`` only those
+    classes are clustered, each as it would be among all.
     """
-    members = [torch.nonzero(labels == c).flatten() for c in range(len(classes))]
-    check_enough(members, classes, prototypes_per_class, rows_of)
+    among = range(len(classes)) if among is None else among
+    members = [torch.nonzero(labels == c).flatten() for c in among]
+    check_enough(members, [classes[c] for c in among], prototypes_per_class, rows_of)
     parts = []
-    for c, index in enumerate(tqdm(members, progress, leave=False, delay=1)):
+    for c, index in zip(among, tqdm(members, progress, leave=False, delay=1), strict=True):
         rows = rows_of(index)
         clusters = kmeans(rows, prototypes_per_class, seed=seed + _SEEDS_APART * c, **options)
         nearest = clusters.nearest.cpu()

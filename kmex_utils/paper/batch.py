@@ -26,7 +26,7 @@ from typing import Any
 import pandas as pd
 
 from .. import parameters, paths, store
-from .process import LOCK, interruptible
+from .process import CAUSES, DONE, LOCK, interruptible
 
 MEASURES = {"accuracy": "accuracy", "cos_class": "cosine to class", "cos_out": "cosine to others"}
 ELSEWHERE = (  # seen with ONEDNN_MAX_CPU_ISA=AVX and ATEN_CPU_CAPABILITY=default beside AVX2, seed 0
@@ -43,7 +43,7 @@ TAKES = {  # parameters a data set's entry in the configuration may set, beside 
     "02_cnn_as_sem": ["device"],
     "03_kmex": ["restarts"],
     "04_encoder": ["start_blocks", "prototypes_per_class", "norm", "scale", "align_corners", "grid", "restarts",
-                   "store", "device"],
+                   "store", "shards", "device"],
     "05_protopnet": ["features_from", "prototypes_per_class", "prototype_depth", "prototype_size", "warm_epochs",
                      "joint_epochs", "push_start", "push_every", "last_passes", "batch_size", "features_rate",
                      "add_on_rate", "prototypes_rate", "last_rate", "weight_decay", "rate_step", "rate_factor",
@@ -270,6 +270,11 @@ def failures(runs: Path, since: float = 0.0) -> Iterator[str]:
         if not errors and {"pending", "running"} & set(states):
             ran = len(states) - states.count("pending")
             yield f"FAILED {notebook}, cell [{ran}]: it was ended from outside: run again"
+    for log in sorted(runs.glob("**/shards/*.log")):
+        lines = log.read_text(encoding="utf-8").splitlines() if log.stat().st_mtime >= since else [DONE]
+        if lines[-1:] != [DONE]:
+            why = lines[-1] if lines else f"it was killed, {CAUSES['SIGKILL']}, or more shards"
+            yield f"FAILED {log.with_suffix('')}: {why}"
 
 
 def outcome(runs: Path, tables: Mapping[str, list[Path]], before: Mapping[Path, bytes]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import signal
 import stat
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..store import lock
 LOCK = ".lock"  # in the folder of results
 START = 300  # seconds for a kernel to answer: beside many others one once took more than papermill's 60
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # nothing of its transport, nor that it is told to end
+DONE = "done"  # the last line of a shard's log
 KERNELS: list[int] = []  # that this process has started, each the leader of a group
 CAUSES = {  # of a kernel's end by a signal, and what to do
     "SIGKILL": "most likely because memory ran out: run fewer notebooks at a time (--cores), or smaller ones",
@@ -141,6 +143,26 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
     return 0
 
 
+def shard(stage: str, number: str, log: str, given: str, runs: str) -> int:
+    """Do a shard of notebook 4, see :mod:`~kmex_utils.paper.shards`; what goes wrong goes to ``log``, its last line."""
+    from .shards import work
+
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    held = lock(Path(runs) / LOCK, shared=True)
+    start, name = time.monotonic(), Path(log).with_suffix("")
+    print(f"{time.strftime('%T')} start {name}", flush=True)
+    with held, Path(log).open("w", encoding="utf-8") as file:
+        try:
+            work(stage, int(number), json.loads(given))
+        except Exception as error:
+            traceback.print_exc(file=file)
+            print(f"FAILED {name}: {type(error).__name__}: {error}", file=sys.stderr)
+            return 1
+        print(DONE, file=file)
+    print(f"{time.strftime('%T')} done  {name}, {time.monotonic() - start:.0f} s", flush=True)
+    return 0
+
+
 def _died(status: int) -> str:
     """Why a kernel ended that should not have."""
     if status >= 0:
@@ -160,6 +182,7 @@ def _end_with_parent() -> None:
 if __name__ == "__main__":
     end_with_the_command()
     kind, *given = sys.argv[1:]
-    if kind == "notebook":
-        sys.exit(notebook(*given))
-    workflow(given)
+    if kind == "workflow":
+        workflow(given)
+    run = notebook if kind == "notebook" else shard
+    sys.exit(run(*given))
