@@ -5,7 +5,7 @@ CORES ?= all
 COUNT ?= 10000
 BIN := .venv/bin
 
-.PHONY: reproduce paper check test hardening fuzz docs zoo lab clean
+.PHONY: reproduce paper check test hardening cluster fuzz docs zoo lab clean
 
 reproduce: .venv/.complete ## every notebook on the embedded digits: tables, figures, executed notebooks, HTML
 	$(BIN)/kmex batch config/quick.yaml --cores $(CORES)
@@ -28,6 +28,9 @@ test: .venv/.complete ## everything: as check, with notebooks, workflow and brow
 
 hardening: .venv/.complete ## 50 kills of the batch, 20 of the export, 10 full disks at random moments; prints counts and minutes
 	OMP_NUM_THREADS=1 KMEX_HARDENING="50 20 10" $(BIN)/python -m pytest -s -m hardening tests/test_hardening.py
+
+cluster: .venv/.complete ## the embedded digits on a SLURM cluster of two nodes made on this machine, one of which is lost
+	KMEX_CLUSTER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_cluster.py
 
 fuzz: .venv/.complete ## mutated image files of every format, COUNT of them from SEED on: read, or refused in one line; a minute
 	PYTHONPATH=. $(BIN)/python tests/fuzz_images.py --count $(COUNT) --seed $(or $(SEED),0)

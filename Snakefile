@@ -19,6 +19,7 @@ SEEDS = config["seeds"]
 REPORT = config.get("report", "report")  # folder of notebook 15's page beside the figures
 STUDIES = config.get("studies", [])  # folders beside the figures whose fidelity and section 5 the report carries too
 CONFIG = str(workflow.configfiles[-1])
+GPU = config.get("gpu", 1)  # that a notebook asks of a scheduler, where it can use one
 
 RUN = f"{RUNS}/{{dataset}}/seed-{{seed}}"  # one training
 DATA = f"{RUNS}/{{dataset}}"  # what is drawn from all of a data set's trainings
@@ -137,7 +138,7 @@ rule train:
     benchmark:
         f"{RUN}/cost/01_train.tsv"
     resources:
-        gpu=1,
+        gpu=GPU,
     threads: config["threads"]
     shell:
         execute("01_train")
@@ -157,7 +158,7 @@ rule cnn_as_sem:
     benchmark:
         f"{RUN}/cost/02_cnn_as_sem.tsv"
     resources:
-        gpu=1,
+        gpu=GPU,
     threads: config["threads"]
     shell:
         execute("02_cnn_as_sem")
@@ -196,7 +197,7 @@ rule shard_fit:
     benchmark:
         f"{RUN}/cost/shards/fit-{{shard}}-of-{{shards}}.tsv"
     resources:
-        gpu=1,
+        gpu=GPU,
     threads: config["threads"]
     shell:
         shard("fit")
@@ -216,7 +217,7 @@ rule shard_maps:
     benchmark:
         f"{RUN}/cost/shards/maps-{{shard}}-of-{{shards}}.tsv"
     resources:
-        gpu=1,
+        gpu=GPU,
     threads: config["threads"]
     shell:
         shard("maps")
@@ -238,7 +239,7 @@ rule encoder:
     benchmark:
         f"{RUN}/cost/04_encoder.tsv"
     resources:
-        gpu=1,
+        gpu=GPU,
     threads: config["threads"]
     shell:
         execute("04_encoder")
@@ -259,7 +260,7 @@ rule protopnet:
     benchmark:
         f"{RUN}/cost/05_protopnet.tsv"
     resources:
-        gpu=1,
+        gpu=GPU,
     threads: config["threads"]
     shell:
         execute("05_protopnet")
@@ -358,7 +359,7 @@ rule faithfulness:
     benchmark:
         f"{DATA}/cost/17_faithfulness.tsv"
     resources:
-        gpu=1,
+        gpu=GPU,
     threads: config["threads"]
     shell:
         execute("17_faithfulness")
@@ -380,7 +381,7 @@ rule certainty:
     benchmark:
         f"{DATA}/cost/19_certainty.tsv"
     resources:
-        gpu=1,
+        gpu=GPU,
     threads: config["threads"]
     shell:
         execute("19_certainty")
@@ -402,7 +403,7 @@ rule fidelity:
     benchmark:
         f"{DATA}/cost/16_fidelity.tsv"
     resources:
-        gpu=1,
+        gpu=GPU,
     threads: config["threads"]
     shell:
         execute("16_fidelity")
@@ -424,7 +425,7 @@ rule concepts:
     benchmark:
         f"{DATA}/cost/18_concepts.tsv"
     resources:
-        gpu=1,
+        gpu=GPU,
     threads: config["threads"]
     shell:
         execute("18_concepts")
@@ -446,7 +447,7 @@ rule subset:
     benchmark:
         f"{DATA}/cost/10_subset.tsv"
     resources:
-        gpu=1,
+        gpu=GPU,
     threads: config["threads"]
     shell:
         execute("10_subset")
@@ -468,7 +469,7 @@ rule open_choices:
     benchmark:
         f"{DATA}/cost/13_open_choices.tsv"
     resources:
-        gpu=1,
+        gpu=GPU,
     threads: config["threads"]
     shell:
         execute("13_open_choices")
@@ -490,7 +491,7 @@ rule depth:
     benchmark:
         f"{DATA}/cost/14_depth.tsv"
     resources:
-        gpu=1,
+        gpu=GPU,
     threads: config["threads"]
     shell:
         execute("14_depth")
@@ -525,8 +526,8 @@ rule scaling:
     log:
         f"{RUNS}/scaling/notebooks/11_scaling.ipynb",
     resources:
-        gpu=1,
-    threads: workflow.cores
+        gpu=GPU,
+    threads: os.cpu_count()
     shell:
         execute("11_scaling")
 

@@ -44,6 +44,7 @@ classes: str = ""  # names or patterns to keep, e.g. 1,7 or *Sparrow; empty: all
 images_per_class: int = 0  # the first so many of each class, either split; 0: all
 validation: float = 0.0  # share of the training images in place of the test split
 held_out: float = 0.2  # share of each class to test on where a folder has no test/
+stream: bool = False  # decode files whenever they are read: what no disk holds decoded
 image_size: int = 0  # pixels; 0: the data set's own
 flip: float = -1.0  # probability of a horizontal flip; -1: the data set's own
 padding: int = -1  # pixels around the random crop; -1: the data set's own
@@ -88,6 +89,7 @@ images = data_sets.load(
     validation=validation,
     held_out=held_out if folder else 0.0,
     seed=seed,
+    stream=stream,
     data=data,
 )
 held_out_as = "validation" if validation else "test"

@@ -229,6 +229,33 @@ def test_a_damaged_mnist_mini_is_named(tmp_path, monkeypatch):
         load("mnist-mini")
 
 
+def test_streamed_pixels_are_those_decoded_once(folder, cub, tmp_path):
+    """However they are indexed, boxes cut out; nothing is written."""
+    for source, choice in ((folder, {}), ("cub200", {"crop": True})):
+        how = {"input": of_size(24, "birds"), "data": cub, **choice}
+        streamed = load(source, stream=True, **how)
+        assert not (cub / "cache").exists()
+        decoded = load(source, **how)
+        shutil.rmtree(cub / "cache")
+        for split in ("train", "test"):
+            ours, expected = streamed.split(split), decoded.split(split)
+            assert ours.pixels.shape == expected.pixels.shape and len(ours.pixels) == len(ours)
+            for index in (0, -1, slice(1, None), slice(0, 0), [2, 0, 2][: len(ours)], np.arange(len(ours))):
+                assert np.array_equal(ours.pixels[index], expected.pixels[index])
+            assert np.array_equal(ours.rgb(1), expected.rgb(1))
+            assert torch.equal(ours.labels, expected.labels) and ours.names == expected.names
+        again = reopen(streamed.settings)
+        assert isinstance(again.train.pixels, reading.Streamed) and again.settings == streamed.settings
+
+
+def test_a_streamed_image_that_cannot_be_read_is_named(folder):
+    streamed = load(folder, of_size(24), stream=True)
+    streamed.train.pixels.files[1].write_bytes(b"no image")
+    assert streamed.train.pixels[[0, 2]].shape[0] == 2
+    with pytest.raises(ValueError, match=rf"1 of 2 images cannot be read.*{re.escape(streamed.train.names[1])}"):
+        streamed.train.pixels[:2]
+
+
 def test_own_folder(folder, tmp_path):
     dataset = load(folder, of_size(24), data=tmp_path)
     assert (dataset.name, dataset.classes) == ("birds", ("blue bird", "red"))

@@ -23,7 +23,7 @@ from ..parameters import whole
 from ..store import clean, replacing, reserve
 from . import sources
 from .input import IMAGENET_MEAN, IMAGENET_STD, Input
-from .reading import Reading, read_many, readable
+from .reading import Reading, Streamed, read_many, readable
 from .sources import Listing
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # x [n, C, H, W], labels [n]
@@ -46,7 +46,7 @@ def own_input(name: str) -> Input:
 class Images:
     """One split: ``pixels`` uint8 [N, 1 or 3, H, W], ``labels`` int64 [N] (-1: none), ``names`` one for each image."""
 
-    pixels: np.ndarray
+    pixels: np.ndarray | Streamed
     labels: torch.Tensor
     names: tuple[str, ...]
 
@@ -97,6 +97,7 @@ def load(
     seed: int = 0,
     strict: bool = True,
     needs_labels: bool = True,
+    stream: bool = False,
     data: str | Path | None = paths.DATA,
     scratch: str | Path | None = None,
     log: Callable[[str], None] = print,
@@ -132,6 +133,9 @@ def load(
         are named by ``log`` and left out.
     needs_labels
         Without it images alone are taken too: ``classes`` is empty, all labels are -1.
+    stream
+        Decode image files whenever they are read, not once into a file: for what does not fit on a disk, decoded. One
+        that cannot be read is an error then, and not before.
     data
         Where downloads and, if ``strict``, decoded images are kept; None: decoded images are not kept.
     scratch
@@ -170,6 +174,11 @@ def load(
     def images(split: str, index: np.ndarray) -> Images:
         if listing.pixels is not None:
             pixels = _resized(listing.pixels, index, input.size, reading)
+        elif stream:
+            names = tuple(listing.names[i] for i in index)
+            boxes = [listing.boxes[i] for i in index] if listing.boxes else ()
+            streamed = Streamed([listing.files[i] for i in index], input, names, boxes)
+            return Images(streamed, torch.from_numpy(labels[index]), names)
         else:
             kept_there = strict and data is not None and len(index) and not input.transform  # its code may change
             cache = downloads / "cache" / f"{name}-{split}" if kept_there else None
@@ -185,6 +194,7 @@ def load(
         raise ValueError(f"no image of class {kept[min(missing)]!r} in {name} can be read")
     settings = {"source": place, "name": name, "crop": crop, "strict": strict, "needs_labels": needs_labels, **choice}
     settings |= {"input": input.settings, "classes": kept, "data": None if data is None else _place(data)}
+    settings |= {"stream": stream} if stream else {}
     settings["held_out"] = held_out if listing.is_test is None else 0.0  # what was done: a test split there is, is used
     return Dataset(name, kept, *splits, input, json.loads(json.dumps(settings)))
 

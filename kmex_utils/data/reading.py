@@ -283,6 +283,30 @@ def opened(file: str | Path) -> Iterator[Image.Image]:
             yield image
 
 
+class Streamed:
+    """Pixels of image files, uint8 [N, 3, H, W], decoded whenever they are read: indexed along N as an array is.
+
+    A ValueError where one of them cannot be read.
+    """
+
+    def __init__(self, files: Sequence[Path], input: Input, names: Sequence[str], boxes: Sequence = ()) -> None:
+        self.files, self.input, self.names, self.boxes = files, input, names, boxes
+        self.shape = len(files), 3, *input.size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        chosen, reading = np.arange(len(self))[index], Reading(strict=True)
+        some = np.atleast_1d(chosen).tolist()
+        of, names, boxes = ([part[i] for i in some if part] for part in (self.files, self.names, self.boxes))
+        pixels = np.empty((len(some), *self.shape[1:]), np.uint8)
+        for i, image in read_many(of, self.input, reading, names=names, boxes=boxes):
+            pixels[i] = image
+        reading.check()
+        return pixels if chosen.ndim else pixels[0]
+
+
 def read_many(
     files: Sequence[Path], input: Input, reading: Reading, *, names: Sequence[str], boxes: Sequence = ()
 ) -> Iterator[tuple[int, np.ndarray]]:

@@ -26,7 +26,7 @@ from typing import Any
 import pandas as pd
 
 from .. import parameters, paths, store
-from .process import CAUSES, DONE, LOCK, interruptible
+from .process import CAUSES, DONE, LOCK, interruptible, on_a_cluster, quiet
 
 MEASURES = {"accuracy": "accuracy", "cos_class": "cosine to class", "cos_out": "cosine to others"}
 ELSEWHERE = (  # seen with ONEDNN_MAX_CPU_ISA=AVX and ATEN_CPU_CAPABILITY=default beside AVX2, seed 0
@@ -37,9 +37,9 @@ ENDING = 10.0  # seconds that processes of a killed run may take to end
 NESTED = 10  # levels of a configuration
 KEYS = {"datasets", "seeds", "threads", "report", "studies"}  # of a configuration
 TAKES = {  # parameters a data set's entry in the configuration may set, beside those the rules give
-    "01_train": ["folder", "classes", "crop", "images_per_class", "validation", "held_out", "image_size", "flip",
-                 "padding", "arch", "arch_args", "weights", "bias", "epochs", "batch_size", "learning_rate", "momentum",
-                 "precision", "device", "data"],
+    "01_train": ["folder", "classes", "crop", "images_per_class", "validation", "held_out", "stream", "image_size",
+                 "flip", "padding", "arch", "arch_args", "weights", "bias", "epochs", "batch_size", "learning_rate",
+                 "momentum", "precision", "device", "data"],
     "02_cnn_as_sem": ["device"],
     "03_kmex": ["restarts"],
     "04_encoder": ["start_blocks", "prototypes_per_class", "norm", "scale", "align_corners", "grid", "restarts",
@@ -181,13 +181,15 @@ def _writable(folder: Path, option: str) -> None:
 
 def command(config: Path, options: list[str]) -> list[str]:
     """The command that starts Snakemake; ``options`` of its own go first."""
-    if not any(option.startswith(("--cores", "-c", "-j", "--jobs")) for option in options):
+    here = not on_a_cluster(options)
+    if here and not any(option.startswith(("--cores", "-c", "-j", "--jobs")) for option in options):
         options = [*options, "--cores", "all"]
-    if shutil.which("nvidia-smi") and not any(option.startswith(("--resources", "--res")) for option in options):
+    lent = any(option.startswith(("--resources", "--res")) for option in options)
+    if here and shutil.which("nvidia-smi") and not lent:
         options = [*options, "--resources", "gpu=1"]  # notebooks share one GPU in turn, not its memory
     always = ["--snakefile", str(paths.ROOT / "Snakefile"), "--configfile", str(config)]
     always += ["--directory", str(paths.ROOT), "--nolock", "--rerun-incomplete", "--quiet", "host"]
-    if not any(option.startswith(("-n", "--dry")) for option in options):
+    if quiet(options):
         always += ["rules", "progress"]  # each notebook says when it starts and ends
     return [sys.executable, "-m", "kmex_utils.paper.process", "workflow", *options, *always]
 

@@ -159,7 +159,7 @@ def to_fetch(name: str, chosen: Chosen) -> Iterator[tuple[Path, str, float]]:
     kept, folder = paths.resolve(chosen.get("data") or paths.DATA), chosen.get("folder")
     if name in DOWNLOADS and not folder:
         yield kept / DOWNLOADS[name][0], "download", DOWNLOADS[name][1]
-    if folder or name == "cub200":
+    if (folder or name == "cub200") and not chosen.get("stream"):
         train, test, _, pixels = images(name, chosen)
         for split, count in (("train", train), ("validation" if chosen.get("validation") else "test", test)):
             yield kept / "cache" / f"{name}-{split}-{pixels}-*.npy", f"decode {split}", count * 3 * pixels**2

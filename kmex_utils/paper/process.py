@@ -69,11 +69,21 @@ def interruptible(work: Callable[[], int]) -> int:
             signal.signal(number, handler)
 
 
+def on_a_cluster(options: list[str]) -> bool:
+    """Whether Snakemake's options send the rules elsewhere."""
+    return any(option.startswith(("--profile", "--executor")) for option in options)
+
+
+def quiet(options: list[str]) -> bool:
+    """Whether the rules themselves say what starts and ends: not on a dry run, nor from another machine."""
+    return not on_a_cluster(options) and not any(option.startswith(("-n", "--dry")) for option in options)
+
+
 def workflow(options: list[str]) -> None:
-    """Snakemake, which says what goes wrong; what starts and ends the rules say."""
+    """Snakemake, of whose lines only those of errors are shown where it is :func:`quiet`."""
     from snakemake.cli import main
 
-    if not any(option.startswith(("-n", "--dry")) for option in options):
+    if quiet(options):
         logging.disable(logging.INFO)
     main(options)
 

@@ -1,0 +1,89 @@
+"""The rules on a real scheduler: two SLURM nodes on this machine, of which one is lost. `make cluster` runs more."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from test_batch import TINY, batch, configuration, tables, wait_for
+
+from kmex_utils import paths
+
+WHOLE = bool(os.environ.get("KMEX_CLUSTER"))  # training and both tables on the nodes, too
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
+SHARDS = 4 if WHOLE else 2
+CLUSTER = {**TINY, "classes": "0,1,2,3", "shards": SHARDS}
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory):
+    """A folder with a cluster, and the environment to use it in."""
+    if missing := [name for name in NEEDED if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]:
+        pytest.skip(f"a SLURM cluster needs Debian's slurmctld, slurmd, slurm-client and munge ({', '.join(missing)})")
+    if os.geteuid() != 0:
+        pytest.skip("the daemons of the toy cluster run as root")
+    folder = tmp_path_factory.mktemp("slurm")
+    script = paths.ROOT / "tests" / "toy_cluster.sh"
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}:/usr/sbin"}
+    environment["SLURM_CONF"] = str(folder / "slurm.conf")
+    subprocess.run([script, "start", folder], env=environment, check=True)
+    yield folder, environment
+    subprocess.run([script, "stop", folder], check=True)
+
+
+def profile(folder):
+    """The repository's, with what this cluster lacks and the waits of a network left out."""
+    content = yaml.safe_load((paths.ROOT / "config" / "slurm" / "config.yaml").read_text())
+    assert content["slurm-requeue"] and {"shard_fit", "shard_maps", "train"} <= set(content["set-resources"])
+    content |= {"jobs": 2, "latency-wait": 5, "config": ["gpu=0"], "slurm-logdir": str(folder / "logs")}
+    content |= {"slurm-status-command": "squeue", "slurm-init-seconds-before-status-checks": 3}
+    content["default-resources"] = {"mem_mb": 1500, "runtime": 10, "slurm_partition": "main", "slurm_account": "toy"}
+    del content["set-resources"]
+    (folder / "profile").mkdir()
+    (folder / "profile" / "config.yaml").write_text(yaml.safe_dump(content))
+    return folder / "profile"
+
+
+@pytest.mark.batch
+def test_a_lost_node_changes_nothing(nodes, tmp_path):
+    """Its jobs are queued again, on the other node, and what comes out is what one process here computes."""
+    cluster, environment = nodes
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+
+    def wanted(folder):
+        results = folder / "runs" / "mnist-mini" / "seed-0" / "results-encoder.json"
+        return [str(folder / "figures" / "mnist-mini" / f"table{i}.csv") for i in (1, 2)] if WHOLE else [str(results)]
+
+    config = configuration(here, {**CLUSTER, "shards": 1})
+    done = batch(here, config, *wanted(here), "--cores", "2")
+    assert done.returncode == 0, done.stdout
+    run = there / "runs" / "mnist-mini" / "seed-0"
+    if not WHOLE:  # trained here
+        shutil.copytree(here / "runs", there / "runs")
+        for made in (*run.glob("B*.safetensors"), run / "results-encoder.json"):
+            made.unlink()
+
+    how = ["--profile", str(profile(there))]
+    sent = batch(there, configuration(there, CLUSTER), *wanted(there), *how, start=subprocess.Popen, env=environment)
+    log = run / "shards" / f"fit-1-of-{SHARDS}.log"
+    wait_for(log.exists, sent)  # at work
+    ask = ["squeue", "-h", "-t", "R", "-o", "%A %N"]
+    running = dict(
+        line.split() for line in subprocess.check_output(ask, env=environment, text=True).splitlines() if "node" in line
+    )
+    job, node = next(iter(running.items()))
+    script = paths.ROOT / "tests" / "toy_cluster.sh"
+    subprocess.run([script, "lose", cluster, node.removeprefix("node")], env=environment, check=True)
+    said, _ = sent.communicate(timeout=560)
+    assert sent.returncode == 0, said
+    shown = subprocess.check_output(["scontrol", "show", "job", job], env=environment, text=True)
+    assert "Restarts=1" in shown and f"NodeList={'node2' if node == 'node1' else 'node1'}" in shown, shown
+    for file in ("results-encoder.json", "B4.safetensors", "B34.safetensors", "B234.safetensors"):
+        ours, expected = ((folder / "runs" / "mnist-mini" / "seed-0" / file).read_bytes() for folder in (there, here))
+        assert ours == expected, file
+    if WHOLE:
+        for ours, expected in zip(tables(there), tables(here), strict=True):
+            assert ours.equals(expected)
