@@ -210,7 +210,8 @@ from kmex_utils import drawing, paths
 from kmex_utils.store import save_text
 
 folder = paths.resolve(figures_folder) / dataset
-save_text(folder / "subset.csv", records.to_csv(index=False, float_format="%.6g"))
+kept = records.drop(columns="seconds")  # the same whenever it runs
+save_text(folder / "subset.csv", kept.to_csv(index=False, float_format="%.6g"))
 plt.style.use(drawing.STYLE)
 figure, panels = plt.subplots(1, 3, figsize=(9.6, 2.9))
 measures = (

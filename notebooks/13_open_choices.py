@@ -252,7 +252,8 @@ from kmex_utils.paper import ledger
 from kmex_utils.store import save_text
 
 folder, records = paths.resolve(figures_folder) / dataset, pd.DataFrame(rows)
-save_text(folder / "ledger.csv", records.to_csv(index=False, float_format="%.6g"))
+kept = records.drop(columns="seconds")  # the same whenever it runs
+save_text(folder / "ledger.csv", kept.to_csv(index=False, float_format="%.6g"))
 changes = ledger.changes(records)
 table = changes.groupby(["question", "option", "metric", "split", "model"], sort=False)[
     "change"

@@ -68,8 +68,8 @@ def explain(
         Share of each class kept from the prototypes, to measure accuracy on, where the folder has no ``test/``.
     fit_on
         Prototypes from so many images of each class, drawn by the seed; 0: from all, which takes longer. A tenth of the
-        images leaves accuracy within half a point (notebook 10), but other prototypes come out: B234's maps agree with
-        those from all images by an adjusted Rand index of 0.5 to 0.67, refits on all images by 0.78 to 0.92.
+        images leaves accuracy within a point (notebook 10), but other prototypes come out: B234's maps agree with
+        those from all images by an adjusted Rand index of 0.43 to 0.64, refits on all images by 0.68 to 0.95.
         :meth:`Explained.certainty` says what it costs here: each refit draws its own images.
     norm, scale, align_corners, grid
         Of eq. 7 and 8, as in :class:`~kmex_utils.method.composite.Normalisation`. Blocks weigh the same by default; the
