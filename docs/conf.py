@@ -8,9 +8,12 @@ from pathlib import Path
 
 import nbformat
 
+from kmex_utils.paper.process import without_bars
+
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
-EXECUTED = REPOSITORY / "runs" / "mnist-mini"  # what `make reproduce` and the target `extras` leave
+RUNS = REPOSITORY / "runs"  # what `make reproduce` and the targets `extras` and `scaling` leave
+EXECUTED = [RUNS / folder / "notebooks" for folder in ("mnist-mini", "mnist-mini/seed-0", "report-quick", "scaling")]
 
 project = "Post-hoc self-explanation of CNNs"
 author = "The kmex-companion authors"
@@ -68,16 +71,12 @@ def notebooks(app: object) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for source in sorted((REPOSITORY / "notebooks").glob("*.ipynb")):
-        made = [EXECUTED / "notebooks" / source.name, EXECUTED / "seed-0" / "notebooks" / source.name]
+        made = [folder / source.name for folder in EXECUTED]
         notebook = nbformat.read(next((file for file in made if file.exists()), source), 4)
-        notebook.metadata.pop(
-            "widgets", None
-        )  # progress bars, whose script would come from elsewhere; their text stays
+        without_bars(notebook)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = links(cell.source, "../")
-            for output in cell.get("outputs", ()):
-                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
         nbformat.write(notebook, folder / source.name)
 
 

@@ -245,7 +245,7 @@ def methods_of(cuts):
     methods["random rows"] = partial(
         by_kmeans, start_block=last, scale=scales[0], **RANDOM
     )
-    methods["NMF"] = partial(by_factors, model=partial(NMF, max_iter=1000), low=0)
+    methods["NMF"] = partial(by_factors, model=partial(NMF, max_iter=5000), low=0)
     methods["PCA"] = partial(by_factors, model=PCA, low=-torch.inf)
     return methods | {"SLIC": partial(by_slic, cuts=cuts), "neurons": by_neurons}
 

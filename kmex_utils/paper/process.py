@@ -24,6 +24,7 @@ from ..store import lock
 LOCK = ".lock"  # in the folder of results
 START = 300  # seconds for a kernel to answer: beside many others one once took more than papermill's 60
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # nothing of its transport, nor that it is told to end
+WIDGET = "application/vnd.jupyter.widget-view+json"
 DONE = "done"  # the last line of a shard's log
 KERNELS: list[int] = []  # that this process has started, each the leader of a group
 CAUSES = {  # of a kernel's end by a signal, and what to do
@@ -136,6 +137,7 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
                 return nb_man.nb
             finally:
                 _end_kernels()
+                without_bars(nb_man.nb)
 
     papermill_engines.register("kmex", Engine)
     print(f"{time.strftime('%T')} start {out}", flush=True)
@@ -151,6 +153,14 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
         return 1
     print(f"{time.strftime('%T')} done  {out}, {time.monotonic() - start:.0f} s", flush=True)
     return 0
+
+
+def without_bars(executed: Any) -> None:
+    """Take out what progress bars leave in a notebook: their first state, and state that only a live page shows."""
+    executed.metadata.pop("widgets", None)
+    for cell in executed.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
 
 
 def shard(stage: str, number: str, log: str, given: str, runs: str) -> int:
