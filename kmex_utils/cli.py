@@ -160,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         add("--runs", type=Path, default=paths.RUNS, help="folder of results (default: runs)")
         if run is batch:
             add("--figures", type=Path, default=paths.FIGURES, help="folder of figures (default: figures)")
+        else:
+            add("--jobs", type=int, default=1, help="notebooks and shards at a time, on a cluster (default: 1)")
     return parser
 
 
@@ -326,5 +328,5 @@ def estimate(options: argparse.Namespace) -> int:
     config = _configuration(options)
     from .paper import estimate
 
-    estimate.show(config, options.runs.resolve())
+    estimate.show(config, options.runs.resolve(), options.jobs)
     return 0

@@ -1,6 +1,7 @@
 """What a batch will take, beside what loading, training and keeping activations really do."""
 
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -116,6 +117,40 @@ def test_finished_stages_cost_nothing(folder, tmp_path, capsys):
     status, text, _ = command(tmp_path, capsys, entry)
     assert status == 0 and text.count("0 of 2") == 4 and "decode" not in text
     assert "About 0 s, one notebook at a time, and 0 MB of disk" in text
+
+
+def test_what_runs_have_recorded_is_what_a_step_takes(folder, tmp_path, capsys):
+    """Of notebooks and shards that are done, for those that are not."""
+    entry = {"birds": {"folder": str(folder), **TINY, "data": str(tmp_path), "shards": 2}}
+    run = tmp_path / "runs/birds/seed-0"
+    for file, seconds in (("01_train", 7200), ("shards/fit-1-of-2", 3600), ("shards/fit-2-of-2", 5400)):
+        (run / "cost" / file).parent.mkdir(parents=True, exist_ok=True)
+        (run / f"cost/{file}.tsv").write_text(f"s\th:m:s\tmax_rss\n{seconds}\t-\t100\n")
+    (run / "results-train.json").touch()
+    (run / "shards").mkdir()
+    (run / "shards/fit-1-of-2.safetensors").touch()
+    rows = steps(tmp_path / "runs", entry["birds"], seeds=(0, 1, 2))
+    assert rows["1"]["seconds"] == 2 * 7200 and rows["1"]["jobs"] == 2
+    shards = {row["step"]: row for row in estimate.stages("birds", entry["birds"], [0, 1, 2], tmp_path / "runs")}
+    assert (shards["4 fit"]["jobs"], shards["4 fit"]["seconds"]) == (5, 5 * 4500)
+    assert shards["4 maps"]["jobs"] == 6 and "as recorded" not in shards["4 maps"]["work"]
+    _, text, _ = command(tmp_path, capsys, entry, seeds=(0, 1, 2))
+    assert "2 epochs of 12 images, 32 px, as recorded" in text and "one notebook at a time" in text
+    hours = [float(re.search(r"About ([\d.]+) h", text)[1])]
+    config = str(tmp_path / "config.yaml")
+    assert cli.main(["estimate", config, "--runs", str(tmp_path / "runs"), "--jobs", "2"]) == 0
+    hours += [float(re.search(r"About ([\d.]+) h, 2 jobs at a time", capsys.readouterr().out)[1])]
+    assert hours == pytest.approx([(2 * 7200 + 5 * 4500) / 3600, (7200 + 2.5 * 4500) / 3600], abs=0.2)
+    assert cli.main(["estimate", config, "--jobs", "0"]) == 2
+
+
+def test_shards_take_what_the_notebook_does(folder, tmp_path):
+    """But that the network passes all images again for the maps."""
+    chosen = {"folder": str(folder), **TINY}
+    whole = steps(tmp_path, chosen)["4"]
+    parts = {row["step"]: row for row in estimate.stages("birds", {**chosen, "shards": 2}, [0], tmp_path)}
+    assert parts["4 fit"]["memory"] + parts["4 maps"]["memory"] == whole["memory"]
+    assert (parts["4 fit"]["jobs"], whole["jobs"]) == (2, 1)
 
 
 def test_what_does_not_fit_is_said(folder, tmp_path, capsys):

@@ -1,9 +1,10 @@
 """What a batch will take, before it starts: ``kmex estimate config/paper.yaml``.
 
-Time is extrapolated from a few training steps and forward passes on random input, measured on this machine beside
-whatever else it does. Clustering is a rough figure: forty iterations of each restart, at the FLOP/s of the forward
-pass. Left out are downloading and decoding, notebook 2 and those that draw, minutes each at most. A stage with a
-result counts as finished; Snakemake also makes anew what other parameters or changed code have outdated.
+Where runs of a data set have recorded what a step took, that is its time. Else it is extrapolated from a few training
+steps and forward passes on random input, measured on this machine beside whatever else it does. Clustering is then a
+rough figure: forty iterations of each restart, at the FLOP/s of the forward pass. Left out are downloading and
+decoding, notebook 2 and those that draw, minutes each at most. A stage with a result counts as finished; Snakemake also
+makes anew what other parameters or changed code have outdated.
 """
 
 import shutil
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 
 from .. import data, hardware, networks, paths
 from ..networks import catalogue
+from ..parameters import whole
 from ..training.protopnet import OPTIONS, Options
 from ..training.recipe import recipe
 from .batch import configuration
@@ -30,6 +32,12 @@ DOWNLOADS = {  # a file that is there once it is unpacked, and bytes with the ar
     "cub200": ("CUB_200_2011/images.txt", 2.35e9),
 }
 ITERATIONS = 40  # of k-means
+RESULTS = {  # of a notebook in a run's folder
+    "01_train": "results-train.json",
+    "03_kmex": "results-kmex.json",
+    "04_encoder": "results-encoder.json",
+    "05_protopnet": "results-protopnet.json",
+}
 MEASURED = 3.0  # seconds of steps and of passes at most; one may take longer
 
 Chosen = Mapping[str, Any]  # a data set's entry in the configuration; 0 and "" stand for what is not set
@@ -98,10 +106,16 @@ def images(name: str, chosen: Chosen) -> tuple[int, int, int, int]:
     return *count, chosen.get("image_size") or data.own_input(name).size[0]
 
 
+def recorded(runs: Path, step: str) -> float:
+    """Seconds that a notebook or a shard took in runs of the data set, the median; 0 where none has recorded it."""
+    seconds = [pd.read_csv(file, sep="\t")["s"].iloc[0] for file in runs.glob(f"seed-*/cost/{step}.tsv")]
+    return float(statistics.median(seconds)) if seconds else 0.0
+
+
 def stages(name: str, chosen: Chosen, seeds: list[int], runs: Path) -> Iterator[dict[str, Any]]:
     """Rows for notebooks 1, 3, 4 and 5: what the results under ``runs`` leave to do, in seconds and bytes.
 
-    ``memory``, in bytes, is what notebook 4 holds of activations.
+    ``jobs`` may run at a time; ``memory``, in bytes, is what one of notebook 4 holds of activations.
     """
     defaults = recipe(name)
     train, test, classes, pixels = images(name, chosen)
@@ -109,38 +123,62 @@ def stages(name: str, chosen: Chosen, seeds: list[int], runs: Path) -> Iterator[
     def of(key: str, default: Any) -> Any:
         return chosen.get(key) or default
 
-    def row(notebook: str, result: str, work: str, seconds: float, values: float, **once: float) -> dict[str, Any]:
-        """``values`` are float32 on disk for each seed; ``once`` bytes on ``disk`` and in ``memory``, seed by seed."""
-        left = sum(not (runs / name / f"seed-{seed}" / f"results-{result}.json").exists() for seed in seeds)
-        size = left * 4 * values + (left and once.get("disk", 0))
-        amounts = {"seconds": left * seconds, "bytes": size, "memory": left and once.get("memory", 0)}
-        return {"data": name, "step": notebook, "work": work, "seeds": f"{left} of {len(seeds)}", **amounts}
+    def row(step: str, notebook: str, work: str, seconds: float, values: float, **once: float) -> dict[str, Any]:
+        """``values`` are float32 on disk for each seed; ``once`` bytes on ``disk`` and in ``memory``, job by job.
+
+        A job takes ``seconds``: a notebook of a run or, of one in shards, ``fit`` or ``maps`` of a shard.
+        """
+        runs_left = [of_seed for of_seed in folders if not (of_seed / RESULTS[notebook]).exists()]
+        left, jobs, cost, stage = len(runs_left), len(runs_left), notebook, step.split()[1]
+        if stage in ("fit", "maps"):
+            cost = f"shards/{stage}-*-of-{shards}"
+            jobs = sum(shards - len([*of_seed.glob(f"{cost}.safetensors")]) for of_seed in runs_left)
+        if took := recorded(runs / name, cost):
+            work, seconds = f"{work}, as recorded", took
+        size = left * 4 * values + (jobs and once.get("disk", 0))
+        amounts = {"seconds": jobs * seconds, "jobs": jobs, "bytes": size, "memory": jobs and once.get("memory", 0)}
+        return {"data": name, "step": step, "work": work, "seeds": f"{left} of {len(seeds)}", **amounts}
 
     pace = measure(chosen, pixels, of("batch_size", defaults.batch_size))
     both, depth = (train + test) * pace.forward, pace.blocks[-1][0]
     prototypes_per_class, restarts = of("prototypes_per_class", defaults.prototypes_per_class), of("restarts", 10)
+    shards, folders = of("shards", 1), [runs / name / f"seed-{seed}" for seed in seeds]
+
+    def fitting(entries: int, prototypes: int) -> float:
+        """Seconds for k-means of each class."""
+        return 2 * entries * train * prototypes * restarts * ITERATIONS * pace.forward / pace.flop
+
+    def comparing(entries: int, prototypes: int) -> float:
+        """Seconds for comparing both splits with all prototypes."""
+        return 2 * entries * (train + test) * prototypes * classes * pace.forward / pace.flop
 
     def clustering(entries: int, prototypes: int) -> float:
-        """Seconds for k-means of each class and for comparing both splits with all prototypes."""
-        products = train * prototypes * restarts * ITERATIONS + (train + test) * prototypes * classes
-        return 2 * entries * products * pace.forward / pace.flop
+        return fitting(entries, prototypes) + comparing(entries, prototypes)
 
     epochs = of("epochs", defaults.epochs)
     work, seconds = f"{epochs} epochs of {train:,} images, {pixels} px", epochs * train * pace.train + both
-    yield row("1 train", "train", work, seconds, pace.values + (train + test) * depth)
+    yield row("1 train", "01_train", work, seconds, pace.values + (train + test) * depth)
 
     choices = sorted({1, 5, defaults.prototypes_per_class})
     seconds = sum(clustering(depth, k) for k in choices)
-    yield row("3 KMEx", "kmex", f"K/C = {choices}", seconds, classes * sum(choices) * depth)
+    yield row("3 KMEx", "03_kmex", f"K/C = {choices}", seconds, classes * sum(choices) * depth)
 
     starts, store = of("start_blocks", [4, 3, 2]), of("store", "memory")
     entries = [sum(d * positions for d, positions in pace.blocks[b - 1 :]) for b in starts]
-    passes = len(starts) * (ITERATIONS + 1) if store == "nowhere" else 1
-    seconds = passes * both + sum(clustering(n, prototypes_per_class) for n in entries)
+    anew = store == "nowhere"  # the network passes again whenever activations are read
+    fit = train * pace.forward * (len(starts) * ITERATIONS if anew else 1)
+    fit += sum(fitting(n, prototypes_per_class) for n in entries)
+    maps = both * (len(starts) if anew else shards > 1)  # kept from the fit where there are no shards
+    maps += sum(comparing(n, prototypes_per_class) for n in entries)
     values = classes * prototypes_per_class * sum(d for b in starts for d, _ in pace.blocks[b - 1 :])
-    held = max(entries) * (train + test)
+    held = max(entries) * (train + test) / shards
     once = {"disk": {"disk": 4, "disk-half": 2}.get(store, 0) * held, "memory": 4 * held * (store == "memory")}
-    yield row("4 encoder", "encoder", f"start blocks {starts}, K/C = {prototypes_per_class}", seconds, values, **once)
+    work = f"start blocks {starts}, K/C = {prototypes_per_class}"
+    if shards > 1:
+        yield row("4 fit", "04_encoder", f"{work}, {shards} shards", fit / shards, values, **once)
+        yield row("4 maps", "04_encoder", f"{train + test:,} images, {shards} shards", maps / shards, 0, **once)
+    else:
+        yield row("4 encoder", "04_encoder", work, fit + maps + (0 if anew else test * pace.forward), values, **once)
 
     given = {key: chosen[key] for key in ("push_start", "last_passes") if key in chosen}  # 0 is a value of these
     given |= {k: chosen[k] for k in ("warm_epochs", "joint_epochs", "push_every", "frozen_features") if chosen.get(k)}
@@ -151,7 +189,7 @@ def stages(name: str, chosen: Chosen, seeds: list[int], runs: Path) -> Iterator[
     seconds = train * (joint * pace.train + passes * pace.forward) + both + clustering(depth, prototypes_per_class)
     values = classes * prototypes_per_class * (depth * (1 + of("prototype_size", 1) ** 2) + classes)
     values += pace.values + (train + test) * depth
-    yield row("5 ProtoPNet", "protopnet", f"{joint} joint epochs, {passes} passes", seconds, values)
+    yield row("5 ProtoPNet", "05_protopnet", f"{joint} joint epochs, {passes} passes", seconds, values)
 
 
 def to_fetch(name: str, chosen: Chosen) -> Iterator[tuple[Path, str, float]]:
@@ -197,7 +235,7 @@ def plan(config: Mapping[str, Any], runs: Path) -> tuple[pd.DataFrame, list[str]
                 needs[file] = needed
                 rows.append({"data": name, "step": what, "bytes": needed})
         rows += steps
-    table = pd.DataFrame(rows).fillna({"work": "", "seeds": "", "seconds": 0.0, "memory": 0.0})
+    table = pd.DataFrame(rows).fillna({"work": "", "seeds": "", "seconds": 0.0, "jobs": 1, "memory": 0.0})
     results = table.loc[table["seeds"] != "", "bytes"].sum()
     return table, list(warnings([*needs.items(), (runs, results)], table["memory"].max()))
 
@@ -212,8 +250,9 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def show(config: Path, runs: Path) -> None:
-    """Print what a batch would take on this machine, from where its results stand."""
+def show(config: Path, runs: Path, jobs: int = 1) -> None:
+    """Print what a batch would take, ``jobs`` at a time on machines like this one, from where its results stand."""
+    whole(1, jobs=jobs)
     try:
         table, lines = plan(configuration(config), runs)
     except torch.OutOfMemoryError as error:
@@ -222,5 +261,7 @@ def show(config: Path, runs: Path) -> None:
     for column, text, unit in (("time", _time, "seconds"), ("disk", _bytes, "bytes"), ("memory", _bytes, "memory")):
         shown[column] = [text(value) if value else "" for value in table[unit]]
     print(shown.to_string(index=False))
-    total, disk = _time(table["seconds"].sum()), _bytes(table["bytes"].sum())
-    print(f"\nAbout {total}, one notebook at a time, and {disk} of disk ({hardware.machine()}).", *lines, sep="\n")
+    at_a_time = table["jobs"].clip(1, jobs)
+    total, disk = _time((table["seconds"] / at_a_time).sum()), _bytes(table["bytes"].sum())
+    how = "one notebook at a time" if jobs == 1 else f"{jobs} jobs at a time"
+    print(f"\nAbout {total}, {how}, and {disk} of disk ({hardware.machine()}).", *lines, sep="\n")
