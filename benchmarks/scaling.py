@@ -364,18 +364,6 @@ def stream(n_rows: Sequence[int], threads: int) -> Iterator[dict[str, float]]:
             yield worker.submit(stream_once, -(-n // rows_per_image)).result()
 
 
-def imagenet_hours(per_pass_and_million_rows: float) -> float:
-    """Hours for one fit of ImageNet from B234, extrapolated from the seconds of a pass over a million rows.
-
-    1,281,167 images in 1,000 classes are a million rows a class. Passes: two for each k-means++ start but the first, 50
-    Lloyd iterations assumed, and three more (the variance, the first start, the last assessment).
-    """
-    k, iterations, classes = 10, 50, 1000
-    million_rows_per_class = 1_281_167 / classes * (SIZE // STRIDES[1]) ** 2 / 1e6
-    passes = 2 * (k - 1) + iterations + 3
-    return classes * passes * million_rows_per_class * per_pass_and_million_rows / 3600
-
-
 # --- the command -----------------------------------------------------------------------------------------------
 
 
@@ -416,8 +404,7 @@ def main() -> None:
         save_table(streams, out / "stream.csv")
     except ValueError as error:
         sys.exit(str(error))
-    hours = imagenet_hours(streams.seconds_per_pass_and_million_rows.iloc[-1])
-    words = f"Measured on {machine}. ImageNet from B234, one restart, extrapolated: {hours:.0f} h.\n"
+    words = f"Measured on {machine}.\n"
     save_text(out / "machine.md", words)
     print(words, end="")
 

@@ -86,6 +86,7 @@ def links(text: str, top: str) -> str:
     report = r"\]\(\.\./figures/(?:(\w+)/)?report/report\.md\)"
     text = re.sub(report, lambda of: f"]({top}report-{of[1] or 'scratch'}.md)", text)
     text = re.sub(r"\]\(\.\./figures/[\w/]+/table\d\.md\)", f"]({top}results.md)", text)
+    text = re.sub(r"\]\(\.\./docs/([\w-]+\.md)\)", rf"]({top}\1)", text)
     return re.sub(r"\]\(\.\./(?=figures/|config/|data/|benchmarks/)", f"]({top}../", text)
 
 

@@ -1,9 +1,12 @@
-"""Every notebook through papermill on a few real digits; the numbers they leave are checked by name."""
+"""Every notebook on a few real digits; the numbers they leave are checked by name."""
 
+import contextlib
 import json
 import re
+import warnings
 
 import jupytext
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
@@ -11,6 +14,9 @@ import papermill
 import pytest
 import torch
 from conftest import NOTEBOOKS
+from IPython.core.interactiveshell import InteractiveShell
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 from PIL import Image
 from scipy.optimize import nnls
 from scipy.spatial.distance import cdist
@@ -42,7 +48,7 @@ TINY = {
     | dict(regions=6, crops=4, measured=6, shown=2),
     "19_certainty": dict(prototypes_per_class=2, restarts=1, fit_on=8, start_blocks=[4, 2], refits=2, seeds=[3]),
     "11_scaling": dict(repeats=1, images=[], prototypes_per_class=[], start_blocks=[], class_images=2, restarts=2)
-    | dict(batch=1, prototypes=32, explanation_repeats=1, gradient_steps=2, stream_rows=[2000, 4000]),
+    | dict(batch=1, prototypes=32, explanation_repeats=1, gradient_steps=2, stream_rows=[2000]),
 }
 ON_THEIR_OWN = ["11_scaling", "12_your_own_model", "16_fidelity"]
 
@@ -72,11 +78,25 @@ def test_no_code_line_is_cut_on_a_page(name):
     assert not [line for line in lines if len(line) > 88]
 
 
-def execute(name, where, **parameters):
+def through_papermill(name, where, **parameters):
     out = where / f"{name}.ipynb"
     return papermill.execute_notebook(
         str(NOTEBOOKS / f"{name}.ipynb"), str(out), parameters, progress_bar=False, cwd=str(where)
     )
+
+
+def execute(name, where, **parameters):
+    """The cells that papermill would run, in this process: a kernel each takes longer to start than they to run."""
+    notebook = parameterize_notebook(load_notebook_node(str(NOTEBOOKS / f"{name}.ipynb")), parameters)
+    shell = InteractiveShell()
+    with contextlib.chdir(where), warnings.catch_warnings(), plt.rc_context():
+        warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
+        try:
+            for cell in notebook.cells:
+                if cell.cell_type == "code":
+                    shell.run_cell(cell.source, store_history=True).raise_error()
+        finally:
+            plt.close("all")
 
 
 @pytest.fixture(scope="module")
@@ -444,7 +464,7 @@ def test_scaling(tmp_path):
     assert {"ours", "naive", "grad-cam", "integrated-gradients"} < set(explain.index)
     assert explain.over_forward["forward"] == 1
     stream = pd.read_csv(tmp_path / "scaling" / "stream.csv")
-    assert stream.n_rows.tolist() == [3 * 784, 6 * 784]
+    assert stream.n_rows.tolist() == [3 * 784]
 
 
 @pytest.mark.notebook
@@ -453,9 +473,8 @@ def test_own_images_through_the_same_notebooks(folder, tmp_path):
     small = {"image_size": 32, "arch": "mobilenet_v2", "weights": "scratch", "epochs": 1, "batch_size": 6}
     execute("01_train", tmp_path, folder=str(folder), data=str(tmp_path), **small, **given)
     execute("02_cnn_as_sem", tmp_path, **given)
-    executed = execute("03_kmex", tmp_path, prototypes_per_class=[1, 2], **given)
+    execute("03_kmex", tmp_path, prototypes_per_class=[1, 2], **given)
     assert (tmp_path / "runs" / "my-birds" / "seed-0" / "KMEx-2.safetensors").exists()
-    assert not any(output.output_type == "error" for cell in executed.cells for output in cell.get("outputs", []))
 
 
 @pytest.mark.notebook
@@ -489,14 +508,14 @@ def test_a_run_is_a_saved_explanation(story, tmp_path):
 def test_your_own_model_by_name_on_a_folder(folder, tmp_path):
     given = {"model": "resnet18", "weights": "random", "image_size": 32, "prototypes_per_class": 2, "restarts": 1}
     given |= {"mean": [0.5, 0.5, 0.5], "std": [1, 1, 1]}
-    executed = execute("12_your_own_model", tmp_path, folder=str(folder), out=str(tmp_path / "own"), **given)
+    executed = through_papermill("12_your_own_model", tmp_path, folder=str(folder), out=str(tmp_path / "own"), **given)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     assert not any(output.output_type == "error" for output in outputs)
     still = [output for output in outputs if "kmex-still" in output.get("data", {}).get("text/html", "")]
     assert len(still) == 1, "a still view stands in where widgets cannot run"
     assert "mean (0.5, 0.5, 0.5), std (1.0, 1.0, 1.0)" in str(outputs)
     with pytest.raises(papermill.PapermillExecutionError, match="give folder, the images to explain resnet18 on"):
-        execute("12_your_own_model", tmp_path, model="resnet18")
+        through_papermill("12_your_own_model", tmp_path, model="resnet18")
     assert (tmp_path / "own" / "B234.safetensors").exists() and (tmp_path / "own" / "report.html").exists()
 
 
@@ -536,5 +555,6 @@ def test_your_own_model_by_name_on_a_folder(folder, tmp_path):
     ],
 )
 def test_bad_input_is_one_clear_line(name, parameters, message, story, tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match=re.escape(message)):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)) as error:
         execute(name, tmp_path, runs=str(story / "runs"), **parameters)
+    assert "\n" not in str(error.value)

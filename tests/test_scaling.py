@@ -4,6 +4,7 @@ import sys
 import threading
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -83,3 +84,29 @@ def test_a_stream_is_clustered_in_counted_passes():
 def test_more_images_than_there_are_is_refused():
     with pytest.raises(ValueError, match="fewer than 300: lower images"):
         scaling.digits(300)
+
+
+@pytest.mark.slow
+def test_a_class_of_imagenet_is_measured_step_by_step(folder, tmp_path, monkeypatch, capsys):
+    """Every photograph passed once, a fit of each size, maps by the prototypes of all classes."""
+    import imagenet
+
+    monkeypatch.setattr(imagenet, "CLASSES", 3)
+    small = ["--images", "2", "50", "--prototypes-per-class", "4", "--restarts", "1", "--mapped", "2"]
+    monkeypatch.setattr(sys, "argv", ["imagenet.py", str(folder), "--out", str(tmp_path), *small])
+    imagenet.main()
+    table = pd.read_csv(tmp_path / "imagenet.csv").fillna("")
+    photographs = len([*folder.rglob("*.png"), *folder.rglob("*.jpg")])
+    expected = [
+        ("read and pass", photographs, 0),
+        ("fit", 2, 10),
+        ("fit", photographs, 10),
+        ("fit", 2, 4),
+        ("map", 2, 10),
+    ]
+    assert [*zip(table.step, table.images, table.k, strict=True)] == expected
+    assert (table.seconds > 0).all() and (table.iterations[table.step == "fit"] > 0).all()
+    monkeypatch.setattr(sys, "argv", ["imagenet.py", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        imagenet.main()
+    assert "no photographs in" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import stat
+import subprocess
 import sys
 import time
 import traceback
@@ -94,6 +95,8 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
 
     A kernel that dies leaves an error in the cell it died in, as an exception does.
     """
+    # jsonschema's check of IRIs, which nothing here needs: its grammar takes one to three seconds to build
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from nbformat.v4 import new_output
@@ -110,6 +113,9 @@ def notebook(source: str, out: str, parameters: str, runs: str) -> int:
             super().start_new_kernel(**how)
             self.process = self.km.provisioner.process
             KERNELS.append(self.process.pid)
+            # reads what this process alone can write to: its end, however it came, is the group's
+            watch = ["sh", "-c", 'read _; kill -s KILL -- "-$1" 2> /dev/null', "sh", str(self.process.pid)]
+            self.watch = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
 
         def execute_cell(self, cell: Any, *index: Any, **how: Any) -> Any:
             try:
