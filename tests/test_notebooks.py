@@ -88,7 +88,7 @@ def through_papermill(name, where, **parameters):
 def execute(name, where, **parameters):
     """The cells that papermill would run, in this process: a kernel each takes longer to start than they to run."""
     notebook = parameterize_notebook(load_notebook_node(str(NOTEBOOKS / f"{name}.ipynb")), parameters)
-    shell = InteractiveShell()
+    shell, threads = InteractiveShell(), torch.get_num_threads()
     with contextlib.chdir(where), warnings.catch_warnings(), plt.rc_context():
         warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
         try:
@@ -97,6 +97,7 @@ def execute(name, where, **parameters):
                     shell.run_cell(cell.source, store_history=True).raise_error()
         finally:
             plt.close("all")
+            torch.set_num_threads(threads)  # UMAP's compiler sets them
 
 
 @pytest.fixture(scope="module")
