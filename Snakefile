@@ -239,7 +239,7 @@ rule encoder:
     benchmark:
         f"{RUN}/cost/04_encoder.tsv"
     resources:
-        gpu=GPU,
+        gpu=lambda wildcards: 0 if shards(wildcards, "fit") else GPU,
     threads: config["threads"]
     shell:
         execute("04_encoder")

@@ -1,5 +1,6 @@
 """Artefacts on disk: complete or absent, never half-written, never pickled."""
 
+import errno
 import hashlib
 import json
 import os
@@ -100,9 +101,10 @@ def replacing(path: Path) -> Iterator[Path]:
 def lock(path: Path, *, shared: bool = False, seconds: float = 0.0) -> IO[bytes]:
     """Open and lock a file, which is made if it is absent; closing it, or the end of all who hold it, releases it.
 
-    The lock goes to children that inherit the open file. A BlockingIOError where others have it for ``seconds``.
+    The lock goes to children that inherit the open file. A BlockingIOError where others have it for ``seconds``. File
+    systems without locks hold nothing.
     """
-    file = path.open("ab")
+    file = path.open("a+b")  # NFS locks only what can be read and written
     end = time.monotonic() + seconds
     while True:
         try:
@@ -116,7 +118,11 @@ def lock(path: Path, *, shared: bool = False, seconds: float = 0.0) -> IO[bytes]
 
 def relock(file: IO[bytes], *, shared: bool) -> IO[bytes]:
     """The file locked otherwise; a BlockingIOError where others have it by then."""
-    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
     return file
 
 

@@ -44,9 +44,9 @@ def batch(folder, config, *options, start=subprocess.run, **more):
     return start(command, cwd=paths.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
 
 
-def configuration(folder, parameters=TINY, name="mnist-mini", seeds=(0,)):
+def configuration(folder, parameters=TINY, name="mnist-mini", seeds=(0,), **more):
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({"datasets": {name: parameters}, "seeds": list(seeds), "threads": 1}))
+    path.write_text(yaml.safe_dump({"datasets": {name: parameters}, "seeds": list(seeds), "threads": 1, **more}))
     return path
 
 
@@ -120,6 +120,11 @@ WRONG = {
     "another type": (
         "datasets: {mnist-mini: {image: first}}\nseeds: [0]\nthreads: 1",
         "parameter image must be of type int, got 'first' (str) (given for mnist-mini)",
+    ),
+    "no shards": ("datasets: {mnist-mini: {shards: 0}}\nseeds: [0]\nthreads: 1", "shards must be a whole number of at"),
+    "no GPUs": (
+        "datasets: {mnist-mini: {}}\nseeds: [0]\nthreads: 1\ngpu: -1",
+        "gpu must be a whole number of at least 0",
     ),
     "no parameters": ("datasets: {mnist-mini: 3}\nseeds: [0]\nthreads: 1", "must be parameters and their values"),
     "no YAML": ("datasets: [", "is not YAML"),

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import time
 
 import pytest
 import yaml
@@ -36,7 +38,7 @@ def profile(folder):
     """The repository's, with what this cluster lacks and the waits of a network left out."""
     content = yaml.safe_load((paths.ROOT / "config" / "slurm" / "config.yaml").read_text())
     assert content["slurm-requeue"] and {"shard_fit", "shard_maps", "train"} <= set(content["set-resources"])
-    content |= {"jobs": 2, "latency-wait": 5, "config": ["gpu=0"], "slurm-logdir": str(folder / "logs")}
+    content |= {"jobs": 2, "latency-wait": 5, "slurm-logdir": str(folder / "logs")}
     content |= {"slurm-status-command": "squeue", "slurm-init-seconds-before-status-checks": 3}
     content["default-resources"] = {"mem_mb": 1500, "runtime": 10, "slurm_partition": "main", "slurm_account": "toy"}
     del content["set-resources"]
@@ -66,15 +68,27 @@ def test_a_lost_node_changes_nothing(nodes, tmp_path):
         for made in (*run.glob("B*.safetensors"), run / "results-encoder.json"):
             made.unlink()
 
-    how = ["--profile", str(profile(there))]
-    sent = batch(there, configuration(there, CLUSTER), *wanted(there), *how, start=subprocess.Popen, env=environment)
+    def running():
+        ask = ["squeue", "-h", "-t", "R", "-o", "%A %N"]
+        lines = subprocess.check_output(ask, env=environment, text=True).splitlines()
+        return [tuple(line.split()) for line in lines if "node" in line]
+
+    config = configuration(there, CLUSTER, gpu=0)
+    how = {"start": subprocess.Popen, "env": environment}
+    command = [*wanted(there), "--profile", str(profile(there))]
+    stopped = batch(there, config, *command, **how)
+    wait_for(running, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    said, _ = stopped.communicate(timeout=120)
+    assert "stopped (SIGTERM)" in said, said
+    time.sleep(5)  # KillWait of the toy cluster
+    assert not subprocess.check_output(["squeue", "-h"], env=environment, text=True)
+
     log = run / "shards" / f"fit-1-of-{SHARDS}.log"
-    wait_for(log.exists, sent)  # at work
-    ask = ["squeue", "-h", "-t", "R", "-o", "%A %N"]
-    running = dict(
-        line.split() for line in subprocess.check_output(ask, env=environment, text=True).splitlines() if "node" in line
-    )
-    job, node = next(iter(running.items()))
+    log.unlink(missing_ok=True)
+    sent = batch(there, config, *command, **how)
+    wait_for(lambda: log.exists() and running(), sent)  # at work
+    job, node = running()[0]
     script = paths.ROOT / "tests" / "toy_cluster.sh"
     subprocess.run([script, "lose", cluster, node.removeprefix("node")], env=environment, check=True)
     said, _ = sent.communicate(timeout=560)

@@ -140,7 +140,7 @@ def test_what_runs_have_recorded_is_what_a_step_takes(folder, tmp_path, capsys):
     config = str(tmp_path / "config.yaml")
     assert cli.main(["estimate", config, "--runs", str(tmp_path / "runs"), "--jobs", "2"]) == 0
     hours += [float(re.search(r"About ([\d.]+) h, 2 jobs at a time", capsys.readouterr().out)[1])]
-    assert hours == pytest.approx([(2 * 7200 + 5 * 4500) / 3600, (7200 + 2.5 * 4500) / 3600], abs=0.2)
+    assert hours == pytest.approx([(2 * 7200 + 5 * 4500) / 3600, (7200 + 3 * 4500) / 3600], abs=0.2)
     assert cli.main(["estimate", config, "--jobs", "0"]) == 2
 
 

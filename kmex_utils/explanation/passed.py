@@ -197,8 +197,13 @@ def accuracies(
     explainer: EncoderKMeans, q_s: torch.Tensor, labels: torch.Tensor, split: str
 ) -> Iterator[tuple[str, str, float]]:
     """(metric, split, %) of maps q_s [N, H', W']: the class with most positions, and that of the most frequent one."""
-    yield "accuracy", split, accuracy(explainer.proj(q_s).argmax(1), labels)
-    yield "accuracy_most_frequent", split, accuracy(explainer.most_frequent(q_s), labels)
+    parts = [part.long() for part in q_s.split(4096)]  # images: of more, counts of all prototypes would fill the memory
+    yield "accuracy", split, accuracy(torch.cat([explainer.proj(part).argmax(1) for part in parts]), labels)
+    yield (
+        "accuracy_most_frequent",
+        split,
+        accuracy(torch.cat([explainer.most_frequent(part) for part in parts]), labels),
+    )
 
 
 def _place(needed: int, folder: Path | None, log: Callable[[str], None]) -> str:

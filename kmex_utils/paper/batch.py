@@ -26,7 +26,7 @@ from typing import Any
 import pandas as pd
 
 from .. import parameters, paths, store
-from .process import CAUSES, DONE, LOCK, interruptible, on_a_cluster, quiet
+from .process import DONE, LOCK, interruptible, on_a_cluster, quiet
 
 MEASURES = {"accuracy": "accuracy", "cos_class": "cosine to class", "cos_out": "cosine to others"}
 ELSEWHERE = (  # seen with ONEDNN_MAX_CPU_ISA=AVX and ATEN_CPU_CAPABILITY=default beside AVX2, seed 0
@@ -34,8 +34,9 @@ ELSEWHERE = (  # seen with ONEDNN_MAX_CPU_ISA=AVX and ATEN_CPU_CAPABILITY=defaul
     "to 1.5 points and 0.02 in cosines, about as much as the next seed does."
 )
 ENDING = 10.0  # seconds that processes of a killed run may take to end
+CANCEL = 60.0  # and Snakemake, to cancel what it has submitted
 NESTED = 10  # levels of a configuration
-KEYS = {"datasets", "seeds", "threads", "report", "studies"}  # of a configuration
+KEYS = {"datasets", "seeds", "threads", "report", "studies", "gpu"}  # of a configuration
 TAKES = {  # parameters a data set's entry in the configuration may set, beside those the rules give
     "01_train": ["folder", "classes", "crop", "images_per_class", "validation", "held_out", "stream", "image_size",
                  "flip", "padding", "arch", "arch_args", "weights", "bias", "epochs", "batch_size", "learning_rate",
@@ -91,6 +92,7 @@ def configuration(path: Path) -> dict[str, Any]:
     _seeds(config.get("seeds"), "the configuration needs")
     if type(config.get("threads")) is not int or config["threads"] < 1:
         raise ValueError("the configuration needs `threads`, the CPU threads of one notebook, as `threads: 1`")
+    parameters.whole(gpu=config.get("gpu", 1))
     paths.folder_name(config.get("report", "report"), "report")
     parameters.typed("studies", "list[str]", config.get("studies", []))
     takes = {name: parameters.declared((paths.ROOT / "notebooks" / f"{name}.py").read_text("utf-8")) for name in TAKES}
@@ -99,6 +101,7 @@ def configuration(path: Path) -> dict[str, Any]:
         if not isinstance(chosen or {}, dict):
             raise ValueError(f"what is given for {name} must be parameters and their values, got {chosen!r}")
         known = {parameter for names in TAKES.values() for parameter in names}
+        parameters.whole(1, shards=(chosen or {}).get("shards", 1))
         for parameter, value in (chosen or {}).items():
             if parameter == "seeds":
                 _seeds(value, f"{name} needs")
@@ -158,6 +161,10 @@ def run(config: Path, runs: Path, figures: Path, options: list[str]) -> int:
             print(f"stopped ({signal_name}): what is finished is kept, the same command goes on", file=sys.stderr)
             return int(end.code or 0)
         finally:
+            if on_a_cluster(options) and process.poll() is None:
+                process.send_signal(signal.SIGINT)  # which makes Snakemake take its jobs from the scheduler
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(CANCEL)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -275,7 +282,11 @@ def failures(runs: Path, since: float = 0.0) -> Iterator[str]:
     for log in sorted(runs.glob("**/shards/*.log")):
         lines = log.read_text(encoding="utf-8").splitlines() if log.stat().st_mtime >= since else [DONE]
         if lines[-1:] != [DONE]:
-            why = lines[-1] if lines else f"it was killed, {CAUSES['SIGKILL']}, or more shards"
+            why = (
+                lines[-1]
+                if lines
+                else "it was ended from outside: out of memory or of time? more shards take less each"
+            )
             yield f"FAILED {log.with_suffix('')}: {why}"
 
 

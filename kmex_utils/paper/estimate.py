@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,13 @@ def images(name: str, chosen: Chosen) -> tuple[int, int, int, int]:
 
 
 def recorded(runs: Path, step: str) -> float:
-    """Seconds that a notebook or a shard took in runs of the data set, the median; 0 where none has recorded it."""
+    """Seconds that a notebook or a shard took in runs of the data set, whatever their settings; 0: not recorded.
+
+    The median; of a training that was continued only the last part is recorded. Notebook 4 counts where it has not just
+    gathered shards.
+    """
+    if step == "04_encoder" and any(runs.glob("seed-*/shards")):
+        return 0.0
     seconds = [pd.read_csv(file, sep="\t")["s"].iloc[0] for file in runs.glob(f"seed-*/cost/{step}.tsv")]
     return float(statistics.median(seconds)) if seconds else 0.0
 
@@ -261,7 +268,7 @@ def show(config: Path, runs: Path, jobs: int = 1) -> None:
     for column, text, unit in (("time", _time, "seconds"), ("disk", _bytes, "bytes"), ("memory", _bytes, "memory")):
         shown[column] = [text(value) if value else "" for value in table[unit]]
     print(shown.to_string(index=False))
-    at_a_time = table["jobs"].clip(1, jobs)
-    total, disk = _time((table["seconds"] / at_a_time).sum()), _bytes(table["bytes"].sum())
+    each = table["seconds"] / table["jobs"].clip(1)  # of a step's jobs
+    total, disk = _time((each * np.ceil(table["jobs"] / jobs)).sum()), _bytes(table["bytes"].sum())
     how = "one notebook at a time" if jobs == 1 else f"{jobs} jobs at a time"
     print(f"\nAbout {total}, {how}, and {disk} of disk ({hardware.machine()}).", *lines, sep="\n")

@@ -73,7 +73,8 @@ def interruptible(work: Callable[[], int]) -> int:
 
 def on_a_cluster(options: list[str]) -> bool:
     """Whether Snakemake's options send the rules elsewhere."""
-    return any(option.startswith(("--profile", "--executor")) for option in options)
+    named = ("--profile", "--workflow-profile", "--executor")
+    return "SNAKEMAKE_PROFILE" in os.environ or any(o.startswith(named) or o == "-e" for o in options)
 
 
 def quiet(options: list[str]) -> bool:
@@ -171,18 +172,20 @@ def without_bars(executed: Any) -> None:
 
 def shard(stage: str, number: str, log: str, given: str, runs: str) -> int:
     """Do a shard of notebook 4, see :mod:`~kmex_utils.paper.shards`; what goes wrong goes to ``log``, its last line."""
-    from .shards import work
-
-    Path(log).parent.mkdir(parents=True, exist_ok=True)
-    held = lock(Path(runs) / LOCK, shared=True)
     start, name = time.monotonic(), Path(log).with_suffix("")
+    name.parent.mkdir(parents=True, exist_ok=True)
     print(f"{time.strftime('%T')} start {name}", flush=True)
-    with held, Path(log).open("w", encoding="utf-8") as file:
+    with Path(log).open("w", encoding="utf-8") as file:
         try:
-            work(stage, int(number), json.loads(given))
+            from .shards import work
+
+            with lock(Path(runs) / LOCK, shared=True):
+                work(stage, int(number), json.loads(given))
         except Exception as error:
+            why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             traceback.print_exc(file=file)
-            print(f"FAILED {name}: {type(error).__name__}: {error}", file=sys.stderr)
+            print(why, file=file)
+            print(f"FAILED {name}: {why}", file=sys.stderr)
             return 1
         print(DONE, file=file)
     print(f"{time.strftime('%T')} done  {name}, {time.monotonic() - start:.0f} s", flush=True)

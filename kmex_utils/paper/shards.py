@@ -6,8 +6,10 @@ k-means is class-wise, and an image's map needs that image and all prototypes al
 what the shards have left.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -54,7 +56,9 @@ def work(stage: str, number: int, given: Mapping[str, Any]) -> None:
     if stage == "fit":
         tensors = _fit(passed, names, made_by)
     else:
-        tensors = _maps(passed, names, Gathered(run, dataset, settings))
+        gathered = Gathered(run, dataset, settings)
+        tensors = _maps(passed, names, gathered)
+        made_by["fit"] = gathered.fit
     run.save_part(_part(stage, shard), tensors, made_by)
 
 
@@ -92,6 +96,7 @@ class Gathered:
     def __init__(self, run: Run, dataset: Dataset, settings: Mapping[str, Any]) -> None:
         self._run, self._made_by = run, _made_by(run, settings)
         self._classes = len(dataset.classes)
+        self._read: dict[str, list[dict[str, torch.Tensor]]] = {}
         self.labels = {split: dataset.split(split).labels for split in ("train", "test")}
 
     def fit_encoder(
@@ -115,7 +120,7 @@ class Gathered:
         """q_s(b:) of a split, [N, H', W']."""
         of_shards, key = self._of_shards("maps"), f"{self._name(explainer.start_block)}_map_{split}"
         order = torch.cat([part[f"index_{split}"] for part in of_shards]).argsort()
-        return torch.cat([part[key] for part in of_shards])[order].long()
+        return torch.cat([part[key] for part in of_shards])[order].int()
 
     def nearest(self, explainer: EncoderKMeans, maps: torch.Tensor) -> Nearest:
         """The training patches nearest to the prototypes."""
@@ -124,12 +129,23 @@ class Gathered:
     def _name(self, start_block: int) -> str:
         return block_names([start_block], self._run.blocks)[start_block]
 
+    @cached_property
+    def fit(self) -> str:
+        """A hash of the prototypes, which maps were made by."""
+        of_shards = self._of_shards("fit")
+        tensors = (part[key] for part in of_shards for key in sorted(part))
+        return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+
     def _of_shards(self, stage: str) -> list[dict[str, torch.Tensor]]:
-        parts = []
+        """The tensors of each shard, read once."""
+        if stage in self._read:
+            return self._read[stage]
+        expected = self._made_by | ({"fit": self.fit} if stage == "maps" else {})
+        parts = self._read.setdefault(stage, [])
         for number in range(1, self._made_by["shards"] + 1):
             name = _part(stage, Shard(number, self._made_by["shards"]))
             tensors, made_by = self._run.part(name, f"{NOTEBOOK} by `kmex batch`, or without shards,")
-            if other := [key for key, value in self._made_by.items() if made_by.get(key) != value]:
+            if other := [key for key, value in expected.items() if made_by.get(key) != value]:
                 raise ValueError(
                     f"{self._run.folder / name} was made with other settings ({', '.join(other)}): "
                     "start `kmex batch` again"
