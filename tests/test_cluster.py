@@ -10,9 +10,12 @@ import pytest
 import yaml
 from test_batch import TINY, batch, configuration, tables, wait_for
 
-from kmex_utils import paths
+from kmex_utils import data, networks, paths
+from kmex_utils.paper.batch import TAKES
+from kmex_utils.paper.runs import Run
+from kmex_utils.paper.shards import work
 
-WHOLE = bool(os.environ.get("KMEX_CLUSTER"))  # training and both tables on the nodes, too
+WHOLE = bool(os.environ.get("KMEX_CLUSTER"))  # everything to both tables, not just fits
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 SHARDS = 4 if WHOLE else 2
 CLUSTER = {**TINY, "classes": "0,1,2,3", "shards": SHARDS}
@@ -47,26 +50,40 @@ def profile(folder):
     return folder / "profile"
 
 
+@pytest.fixture
+def trained(tmp_path):
+    """Two folders of runs with one network, which is not trained, and what notebook 4 is to do with it."""
+    own = data.own_input("mnist-mini")
+    images = data.load("mnist-mini", data.Input(32, own.mean, own.std), images_per_class=20, classes="0,1,2,3")
+    network = networks.for_training("resnet18", images.classes, "scratch", images.input, seed=2).eval()
+    runs = [Run.of(tmp_path / place / "runs", "mnist-mini", 0) for place in ("here", "there")]
+    for run in runs:
+        run.save_training(network, images, {"data": images.settings, "prototypes_per_class": 5})
+    return runs
+
+
 @pytest.mark.batch
-def test_a_lost_node_changes_nothing(nodes, tmp_path):
-    """Its jobs are queued again, on the other node, and what comes out is what one process here computes."""
+def test_a_lost_node_changes_nothing(nodes, tmp_path, request):
+    """Nor does a command that is ended: its jobs go with it. What comes out is what one process here computes."""
     cluster, environment = nodes
     here, there = tmp_path / "here", tmp_path / "there"
-    for folder in (here, there):
-        folder.mkdir()
-
-    def wanted(folder):
-        results = folder / "runs" / "mnist-mini" / "seed-0" / "results-encoder.json"
-        return [str(folder / "figures" / "mnist-mini" / f"table{i}.csv") for i in (1, 2)] if WHOLE else [str(results)]
-
-    config = configuration(here, {**CLUSTER, "shards": 1})
-    done = batch(here, config, *wanted(here), "--cores", "2")
-    assert done.returncode == 0, done.stdout
     run = there / "runs" / "mnist-mini" / "seed-0"
-    if not WHOLE:  # trained here
-        shutil.copytree(here / "runs", there / "runs")
-        for made in (*run.glob("B*.safetensors"), run / "results-encoder.json"):
-            made.unlink()
+    if WHOLE:
+        for folder in (here, there):
+            folder.mkdir()
+        wanted = [f"mnist-mini/table{i}.csv" for i in (1, 2)]
+        config = configuration(here, {**CLUSTER, "shards": 1})
+        done = batch(here, config, *(str(here / "figures" / name) for name in wanted), "--cores", "2")
+        assert done.returncode == 0, done.stdout
+        targets = [str(there / "figures" / name) for name in wanted]
+        compared = ["results-encoder.json", "B4.safetensors", "B34.safetensors", "B234.safetensors"]
+    else:
+        request.getfixturevalue("trained")
+        compared = [f"shards/fit-{number}-of-{SHARDS}.safetensors" for number in range(1, SHARDS + 1)]
+        given = {name: CLUSTER[name] for name in TAKES["04_encoder"] if name in CLUSTER}
+        for number in range(1, SHARDS + 1):
+            work("fit", number, {**given, "dataset": "mnist-mini", "seed": 0, "threads": 1, "runs": str(here / "runs")})
+        targets = [str(run / name) for name in compared]
 
     def running():
         ask = ["squeue", "-h", "-t", "R", "-o", "%A %N"]
@@ -75,7 +92,7 @@ def test_a_lost_node_changes_nothing(nodes, tmp_path):
 
     config = configuration(there, CLUSTER, gpu=0)
     how = {"start": subprocess.Popen, "env": environment}
-    command = [*wanted(there), "--profile", str(profile(there))]
+    command = [*targets, "--profile", str(profile(there))]
     stopped = batch(there, config, *command, **how)
     wait_for(running, stopped)
     stopped.send_signal(signal.SIGTERM)
@@ -95,9 +112,8 @@ def test_a_lost_node_changes_nothing(nodes, tmp_path):
     assert sent.returncode == 0, said
     shown = subprocess.check_output(["scontrol", "show", "job", job], env=environment, text=True)
     assert "Restarts=1" in shown and f"NodeList={'node2' if node == 'node1' else 'node1'}" in shown, shown
-    for file in ("results-encoder.json", "B4.safetensors", "B34.safetensors", "B234.safetensors"):
-        ours, expected = ((folder / "runs" / "mnist-mini" / "seed-0" / file).read_bytes() for folder in (there, here))
-        assert ours == expected, file
+    for file in compared:
+        assert (run / file).read_bytes() == (here / "runs" / "mnist-mini" / "seed-0" / file).read_bytes(), file
     if WHOLE:
         for ours, expected in zip(tables(there), tables(here), strict=True):
             assert ours.equals(expected)
