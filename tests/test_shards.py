@@ -144,6 +144,8 @@ def test_other_prototypes_than_the_shards_made_are_refused(run, images, settings
     stale = shards.Gathered(run, images, settings)
     with pytest.raises(ValueError, match=r"maps-2-of-3 was made with other settings \(fit\)"):
         stale.map(stale.explainer(4), "train")
+    with pytest.raises(ValueError, match="maps-2-of-3"):  # again, and not from what was read before it
+        stale.map(stale.explainer(4), "train")
     file.write_bytes(before)
     missing = shards.Gathered(run, images, {**settings, "shards": 2})
     with pytest.raises(

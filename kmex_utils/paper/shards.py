@@ -17,7 +17,7 @@ import torch
 from .. import hardware, parameters, paths
 from ..data import Dataset
 from ..explanation.nearest import Nearest
-from ..explanation.passed import Passed, Shard
+from ..explanation.passed import SPLITS, Passed, Shard
 from ..method.composite import Normalisation
 from ..method.explainers import EncoderKMeans, block_names
 from ..method.products import index_type
@@ -25,7 +25,7 @@ from ..method.prototypes import Prototypes
 from .runs import Run
 
 NOTEBOOK = "04_encoder"
-OF_EQ_8 = ("norm", "scale", "align_corners", "grid")
+OF_EQ_8 = [field.name for field in fields(Normalisation)]
 T = TypeVar("T", Prototypes, Nearest)
 
 
@@ -37,20 +37,14 @@ def work(stage: str, number: int, given: Mapping[str, Any]) -> None:
     source = (paths.ROOT / "notebooks" / f"{NOTEBOOK}.py").read_text(encoding="utf-8")
     settings = parameters.resolved(source, given)
     run = Run.of(settings["runs"], settings["dataset"], settings["seed"])
-    dataset, names, shard = (
-        run.dataset(),
-        block_names(settings["start_blocks"], run.blocks),
-        Shard(number, settings["shards"]),
-    )
+    dataset, names = run.dataset(), block_names(settings["start_blocks"], run.blocks)
+    shard = Shard(number, settings["shards"])
     if shard.of > len(dataset.classes):
         raise ValueError(f"{run.name} has {len(dataset.classes)} classes: at most as many shards, got {shard.of}")
     hardware.set_threads(settings["threads"])
-    where = {
-        "store": settings["store"],
-        "folder": paths.scratch(None),
-        "device": hardware.pick_device(settings["device"]),
-    }
-    splits = ("train",) if stage == "fit" else ("train", "test")
+    where = {"store": settings["store"], "folder": paths.scratch(None)}
+    where["device"] = hardware.pick_device(settings["device"])
+    splits = ["train"] if stage == "fit" else [*SPLITS]
     passed = Passed.of(run.network(), dataset, min(names), shard=shard, splits=splits, **where)
     made_by = _made_by(run, settings)
     if stage == "fit":
@@ -97,7 +91,7 @@ class Gathered:
         self._run, self._made_by = run, _made_by(run, settings)
         self._classes = len(dataset.classes)
         self._read: dict[str, list[dict[str, torch.Tensor]]] = {}
-        self.labels = {split: dataset.split(split).labels for split in ("train", "test")}
+        self.labels = {split: dataset.split(split).labels for split in SPLITS}
 
     def fit_encoder(
         self, start_block: int, normalisation: Normalisation, prototypes_per_class: int, **options: Any
@@ -141,7 +135,7 @@ class Gathered:
         if stage in self._read:
             return self._read[stage]
         expected = self._made_by | ({"fit": self.fit} if stage == "maps" else {})
-        parts = self._read.setdefault(stage, [])
+        parts = []
         for number in range(1, self._made_by["shards"] + 1):
             name = _part(stage, Shard(number, self._made_by["shards"]))
             tensors, made_by = self._run.part(name, f"{NOTEBOOK} by `kmex batch`, or without shards,")
@@ -151,6 +145,7 @@ class Gathered:
                     "start `kmex batch` again"
                 )
             parts.append(tensors)
+        self._read[stage] = parts  # of all shards or of none
         return parts
 
 
