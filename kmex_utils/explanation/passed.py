@@ -161,9 +161,8 @@ class Passed:
 
     def z(self, split: str, index: torch.Tensor | None = None) -> torch.Tensor:
         """Embeddings of a split, or of some of its images, [N, D]."""
-        parts = (self.x[split].index if index is None else index).split(
-            512
-        )  # images: h of more would be copied at once
+        index = self.x[split].index if index is None else index
+        parts = index.split(512)  # images: h of more would be copied at once
         return torch.cat([avg_pool(self.x[split].read(part, self.blocks)[-1]).cpu() for part in parts])
 
     def map(self, explainer: EncoderKMeans, split: str) -> torch.Tensor:
@@ -198,12 +197,10 @@ def accuracies(
 ) -> Iterator[tuple[str, str, float]]:
     """(metric, split, %) of maps q_s [N, H', W']: the class with most positions, and that of the most frequent one."""
     parts = [part.long() for part in q_s.split(4096)]  # images: of more, counts of all prototypes would fill the memory
-    yield "accuracy", split, accuracy(torch.cat([explainer.proj(part).argmax(1) for part in parts]), labels)
-    yield (
-        "accuracy_most_frequent",
-        split,
-        accuracy(torch.cat([explainer.most_frequent(part) for part in parts]), labels),
-    )
+    most_positions = torch.cat([explainer.proj(part).argmax(1) for part in parts])
+    most_frequent = torch.cat([explainer.most_frequent(part) for part in parts])
+    yield "accuracy", split, accuracy(most_positions, labels)
+    yield "accuracy_most_frequent", split, accuracy(most_frequent, labels)
 
 
 def _place(needed: int, folder: Path | None, log: Callable[[str], None]) -> str:

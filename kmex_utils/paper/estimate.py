@@ -33,12 +33,6 @@ DOWNLOADS = {  # a file that is there once it is unpacked, and bytes with the ar
     "cub200": ("CUB_200_2011/images.txt", 2.35e9),
 }
 ITERATIONS = 40  # of k-means
-RESULTS = {  # of a notebook in a run's folder
-    "01_train": "results-train.json",
-    "03_kmex": "results-kmex.json",
-    "04_encoder": "results-encoder.json",
-    "05_protopnet": "results-protopnet.json",
-}
 MEASURED = 3.0  # seconds of steps and of passes at most; one may take longer
 
 Chosen = Mapping[str, Any]  # a data set's entry in the configuration; 0 and "" stand for what is not set
@@ -135,7 +129,7 @@ def stages(name: str, chosen: Chosen, seeds: list[int], runs: Path) -> Iterator[
 
         A job takes ``seconds``: a notebook of a run or, of one in shards, ``fit`` or ``maps`` of a shard.
         """
-        runs_left = [of_seed for of_seed in folders if not (of_seed / RESULTS[notebook]).exists()]
+        runs_left = [of_seed for of_seed in folders if not (of_seed / f"results-{notebook[3:]}.json").exists()]
         left, jobs, cost, stage = len(runs_left), len(runs_left), notebook, step.split()[1]
         if stage in ("fit", "maps"):
             cost = f"shards/{stage}-*-of-{shards}"
