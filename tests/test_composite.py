@@ -132,17 +132,18 @@ def check_operator(blocks, normalisation, **options):
     q = composite(blocks, normalisation).flatten(0, 1)  # image by image, row-major
     generator = torch.Generator().manual_seed(1)
     p = torch.randn(5, q.shape[1], generator=generator, dtype=dtype)
-    weights = torch.rand(4, len(q), generator=generator, dtype=dtype)
+    half = torch.randn(5, generator=generator, dtype=dtype)
+    weights = torch.rand(len(q), 4, generator=generator, dtype=dtype)
     tolerance = {"rtol": 1e-4, "atol": 1e-5}
     assert (len(rows), rows.dim) == tuple(q.shape)
     sums, seen = 0, []
     for span, chunk in rows.chunks():
-        torch.testing.assert_close(chunk.dots(p), p @ q[span].T, **tolerance)
+        torch.testing.assert_close(chunk.closeness(p, half), q[span] @ p.T - half, **tolerance)
         torch.testing.assert_close(chunk.squared, q[span].square().sum(1), **tolerance)
-        sums = sums + chunk.sums(weights[:, span])
+        sums = sums + chunk.sums(weights[span])
         seen += range(span.start, span.stop)
     assert seen == list(range(len(rows)))
-    torch.testing.assert_close(sums, weights @ q, **tolerance)
+    torch.testing.assert_close(sums, weights.T @ q, **tolerance)
     index = torch.randint(len(q), (7,), generator=generator)
     torch.testing.assert_close(rows.rows(index), q[index], **tolerance)
 
@@ -155,8 +156,9 @@ def test_many_prototypes_are_the_same_product(count, generator):
     p = torch.randn(count, q.shape[1], generator=generator)
     rows = CompositeRows(blocks)
     ((_, chunk),) = rows.chunks()
-    torch.testing.assert_close(chunk.dots(p), p @ q.T, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(chunk.dots(rows.columns(p)), p @ q.T, rtol=1e-4, atol=1e-6)
+    half = torch.zeros(count)
+    torch.testing.assert_close(chunk.closeness(p, half), q @ p.T, rtol=1e-4, atol=1e-6)
+    assert torch.equal(chunk.closeness(rows.columns(p), half), chunk.closeness(p, half))
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 70, 10**6])
@@ -178,9 +180,9 @@ def test_streamed_rows_are_the_rows_in_memory():
 
     streamed = CompositeRows(read, images=7, keep=False, images_per_reading=1, rows_per_chunk=60)
     kept = CompositeRows(blocks, rows_per_chunk=60)
-    p = torch.randn(3, kept.dim)
+    p, half = torch.randn(3, kept.dim), torch.randn(3)
     for (_, ours), (_, expected) in zip(streamed.chunks(), kept.chunks(), strict=True):
-        assert torch.equal(ours.dots(p), expected.dots(p))
+        assert torch.equal(ours.closeness(p, half), expected.closeness(p, half))
     index = torch.tensor([0, 200, 17, 209])
     assert torch.equal(streamed.rows(index), kept.rows(index))
     assert all(stop - start <= 2 for start, stop in passes)

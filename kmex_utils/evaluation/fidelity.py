@@ -179,10 +179,10 @@ def finer(explainer: EncoderKMeans, rows: CompositeRows, grid: tuple[int, int]) 
     A finer grid alone, without a shallower block: what depth buys is what is left beyond it.
     """
     p = explainer.prototypes.vectors.to(rows.device)
-    half = p.square().sum(1, keepdim=True) / 2
+    half = p.square().sum(1) / 2
     maps = []
     for _, chunk in rows.chunks():
-        similarity = (chunk.dots(p) - half).unflatten(1, (-1, *rows.grid)).transpose(0, 1)
+        similarity = chunk.closeness(p, half).view(-1, *rows.grid, len(p)).permute(0, 3, 1, 2)
         for part in similarity.split(16):  # images: 1,000 prototypes on 56 x 56 positions take 400 MB
             maps.append(F.interpolate(part, grid, mode="bilinear").argmax(1).cpu())
     return torch.cat(maps)

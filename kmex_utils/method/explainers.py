@@ -140,11 +140,10 @@ class EncoderKMeans(Explainer):
     def sim(self, h: CompositeRows) -> torch.Tensor:
         """q_s of eq. 9: index of the closest of all K prototypes at every position, [N, H', W']; ties to the lowest."""
         parts = self.prototypes.vectors.to(h.device).split(products.MAP_PROTOTYPES)
-        prototypes = [(h.columns(p), p.square().sum(1, keepdim=True) / 2) for p in parts]
+        prototypes = [(h.columns(p), p.square().sum(1) / 2) for p in parts]
         q_s = []
         for _, chunk in h.chunks():
-            # the closest is where p·q - ||p||²/2 is largest
-            value, index = zip(*(products.largest(chunk.dots(p).sub_(half)) for p, half in prototypes), strict=True)
+            value, index = zip(*(chunk.closeness(*part).max(1) for part in prototypes), strict=True)
             part = torch.stack(value).argmax(0, keepdim=True)
             q_s.append((torch.stack(index).gather(0, part) + part * products.MAP_PROTOTYPES)[0])
         return torch.cat(q_s).view(h.images, *h.grid)

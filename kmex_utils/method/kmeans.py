@@ -21,11 +21,14 @@ class Chunk(Protocol):
 
     squared: torch.Tensor
 
-    def dots(self, p: torch.Tensor) -> torch.Tensor:
-        """p_k · q_r, [K, rows], for p [K, D]; the caller may write into it."""
+    def closeness(self, p: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
+        """p_k · q_r less half_k, [rows, K], for p [K, D] and half [K]; the caller may write into it.
+
+        With half = ||p||²/2 the closest p_k of a row is that of the largest.
+        """
 
     def sums(self, weights: torch.Tensor) -> torch.Tensor:
-        """Σ_r weights_kr q_r, [K, D], for weights [K, rows]."""
+        """Σ_r weights_rk q_r, [K, D], for weights [rows, K]."""
 
     def bags(self, index: torch.Tensor, weights: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """Σ weights_m q_index_m over bags of consecutive m that begin at ``starts``, for few rows: [bags, D]."""
@@ -58,11 +61,11 @@ class _DenseChunk:
         self.matrix = matrix
         self.squared = matrix.square().sum(1)
 
-    def dots(self, p: torch.Tensor) -> torch.Tensor:
-        return p @ self.matrix.T
+    def closeness(self, p: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(-half, self.matrix, p.T)
 
     def sums(self, weights: torch.Tensor) -> torch.Tensor:
-        return weights @ self.matrix
+        return weights.T @ self.matrix
 
     def bags(self, index: torch.Tensor, weights: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         return F.embedding_bag(index, self.matrix, starts, mode="sum", per_sample_weights=weights)
@@ -145,7 +148,7 @@ def kmeans(
         raise ValueError(f"start must be 'k-means++', 'random' or centroids, got {start!r}")
     restarts = len(centroids)
     threshold = tolerance * _mean_variance(rows)
-    labels = torch.full((restarts, len(rows)), -1, dtype=products.index_type(k), device=rows.device)  # -1: none yet
+    labels = torch.full((len(rows), restarts), -1, dtype=products.index_type(k), device=rows.device)  # -1: none yet
     sums = torch.zeros_like(centroids, dtype=torch.float64)  # of each cluster's rows
     sizes = torch.zeros(restarts, k, dtype=torch.float64, device=rows.device)
     iterations = torch.zeros(restarts, dtype=torch.int64)
@@ -153,21 +156,21 @@ def kmeans(
     for _ in range(max_iterations):
         moved = centroids[active]
         # every row goes to its closest centroid
-        changed, gained_sums, gained_rows = _assign(rows, moved, labels, active)
-        sums[active] += gained_sums
-        sizes[active] += gained_rows
+        changed = _assign(rows, moved, labels, sums, sizes)
         # every centroid moves to the mean of its rows, an empty one to the row farthest from its centroid
-        filled = sizes[active] > 0
+        filled = sizes > 0
         if not filled.all():
             _reseed(rows, moved, filled)
-        moved[filled] = (sums[active][filled] / sizes[active][filled][:, None]).float()
+        moved[filled] = (sums[filled] / sizes[filled][:, None]).float()
         shift = (moved - centroids[active]).double().square().sum((1, 2))
         centroids[active] = moved
         iterations[active.cpu()] += 1
         # a restart ends where no row changed its cluster or the centroids hardly moved
-        active = active[changed & (shift > threshold)]
-        if not len(active):
+        goes_on = changed & (shift > threshold)
+        if not goes_on.any():
             break
+        if not goes_on.all():
+            active, labels, sums, sizes = active[goes_on], labels[:, goes_on], sums[goes_on], sizes[goes_on]
     total, counts, nearest = _assess(rows, centroids)
     best = int(total.argmin())
     centroid = centroids[best] + rows.origin
@@ -179,27 +182,24 @@ def inertia(rows: Rows, centroids: torch.Tensor) -> float:
     return float(_assess(rows, (centroids.to(rows.device) - rows.origin)[None])[0])
 
 
-def _assign(
-    rows: Rows, p: torch.Tensor, labels: torch.Tensor, active: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Give every row to its closest centroid in the active restarts p [R, K, D], where p·q - ||p||²/2 is largest.
+def _assign(rows: Rows, p: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Give every row to its closest centroid in each restart p [R, K, D]; returns whether any row changed, [R].
 
-    A row that changes leaves the sum of its old cluster and enters that of its new one. Returns whether any label of a
-    restart changed [R], what this adds to the clusters' sums [R, K, D] and to their sizes [R, K], both float64.
+    A row that changes its ``labels`` [n, R] leaves the sum of its old cluster and enters that of its new one: ``sums``
+    [R, K, D] and ``sizes`` [R, K], both float64, follow.
     """
     restarts, k, dim = p.shape
     flat = p.flatten(0, 1)
-    half = flat.square().sum(1, keepdim=True) / 2
-    sums = torch.zeros(restarts * k, dim, dtype=torch.float64, device=p.device)
-    sizes = torch.zeros(restarts * k, dtype=torch.float64, device=p.device)
+    half = flat.square().sum(1) / 2
+    flat_sums, flat_sizes = sums.view(-1, dim), sizes.view(-1)
     changed = torch.zeros(restarts, dtype=torch.bool, device=p.device)
     for span, chunk in rows.chunks():
-        closeness = chunk.dots(flat).sub_(half).view(restarts, k, -1)
-        new = products.argmax(closeness)
-        old = labels[active, span].long()
-        labels[active, span] = new.to(labels.dtype)
-        restart, row = (new != old).nonzero(as_tuple=True)
-        left, entered = old[restart, row], new[restart, row]
+        closeness = chunk.closeness(flat, half)
+        new = closeness.view(-1, restarts, k).max(2).indices
+        old = labels[span].long()
+        labels[span] = new.to(labels.dtype)
+        row, restart = (new != old).nonzero(as_tuple=True)
+        left, entered = old[row, restart], new[row, restart]
         known = left >= 0
         cluster = torch.cat([restart * k + entered, (restart * k + left)[known]])
         row = torch.cat([row, row[known]])
@@ -208,23 +208,23 @@ def _assign(
         if len(restart) < products.FEW * new.numel():
             target, order = cluster.sort(stable=True)
             starts = torch.searchsorted(target, torch.arange(restarts * k, device=p.device))
-            sums += chunk.bags(row[order], sign[order], starts)
+            flat_sums += chunk.bags(row[order], sign[order], starts)
         else:
-            weights = closeness.zero_().flatten(0, 1)
-            weights[cluster, row] = sign
-            sums += chunk.sums(weights)
-        sizes += torch.bincount(cluster, sign, restarts * k)
+            weights = closeness.zero_()
+            weights[row, cluster] = sign
+            flat_sums += chunk.sums(weights)
+        flat_sizes += torch.bincount(cluster, sign, restarts * k)
         changed[restart] = True
-    return changed, sums.view(restarts, k, dim), sizes.view(restarts, k)
+    return changed
 
 
 def _reseed(rows: Rows, p: torch.Tensor, filled: torch.Tensor) -> None:
     """Move the clusters of p [R, K, D] that are not ``filled`` [R, K] to the rows farthest from their own centroid."""
     restarts, k, _ = p.shape
-    closest = torch.empty(restarts, len(rows), device=p.device)
+    closest = torch.empty(len(rows), restarts, device=p.device)
     for span, distance in _squared_distances(rows, p.flatten(0, 1)):
-        closest[:, span] = distance.view(restarts, k, -1).amin(1)
-    value, index = closest.topk(k, 1)
+        closest[span] = distance.view(-1, restarts, k).amin(2)
+    value, index = closest.T.topk(k, 1)
     for restart, cluster in (~filled).nonzero().tolist():
         rank = int((~filled[restart, :cluster]).sum())
         if value[restart, rank] > 0:
@@ -241,15 +241,15 @@ def _plus_plus(rows: Rows, k: int, restarts: int, generator: torch.Generator) ->
     first = torch.randint(len(rows), (restarts,), generator=generator).to(rows.device)
     centroids = torch.empty(restarts, k, rows.dim, device=rows.device)
     centroids[:, 0] = rows.rows(first)
-    closest = torch.full((restarts, len(rows)), torch.inf, device=rows.device)
+    closest = torch.full((len(rows), restarts), torch.inf, device=rows.device)
     _shrink(rows, centroids[:, 0], closest)
     for c in range(1, k):
         index = _draw(closest, torch.rand(restarts, trials, generator=generator, dtype=torch.float64))
         candidates = rows.rows(index.flatten())
         potential = torch.zeros(restarts, trials, dtype=torch.float64, device=rows.device)
         for span, distance in _squared_distances(rows, candidates):
-            reached = torch.minimum(distance.view(restarts, trials, -1), closest[:, None, span])
-            potential += reached.sum(2, dtype=torch.float64)
+            reached = torch.minimum(distance.view(-1, restarts, trials), closest[span, :, None])
+            potential += reached.sum(0, dtype=torch.float64)
         best = potential.argmin(1)
         centroids[:, c] = candidates.view(restarts, trials, -1)[torch.arange(restarts, device=rows.device), best]
         _shrink(rows, centroids[:, c], closest)
@@ -257,26 +257,26 @@ def _plus_plus(rows: Rows, k: int, restarts: int, generator: torch.Generator) ->
 
 
 def _draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Row indices [restarts, trials] drawn in proportion to weights [restarts, n], by uniform numbers in [0, 1)."""
-    each = ((row.double().cumsum(0), draws) for row, draws in zip(weights, uniform.to(weights.device), strict=True))
+    """Row indices [restarts, trials] drawn in proportion to weights [n, restarts], by uniform numbers in [0, 1)."""
+    each = ((row.double().cumsum(0), draws) for row, draws in zip(weights.T, uniform.to(weights.device), strict=True))
     index = [torch.searchsorted(cumulated, draws * cumulated[-1], right=True) for cumulated, draws in each]
-    return torch.stack(index).clamp_max(weights.shape[1] - 1)
+    return torch.stack(index).clamp_max(len(weights) - 1)
 
 
 def _shrink(rows: Rows, centroids: torch.Tensor, closest: torch.Tensor) -> None:
-    """Lower ``closest`` [R, n] to the squared distance to one more centroid of each restart, [R, D]."""
+    """Lower ``closest`` [n, R] to the squared distance to one more centroid of each restart, [R, D]."""
     # float32 rounds by 1.2e-7 of a term; within three of these a row is the centroid itself and not drawn again
     for span, distance in _squared_distances(rows, centroids, rounding=4e-7):
-        closest[:, span] = torch.minimum(closest[:, span], distance)
+        closest[span] = torch.minimum(closest[span], distance)
 
 
 def _squared_distances(rows: Rows, p: torch.Tensor, rounding: float = 0) -> Iterator[tuple[slice, torch.Tensor]]:
-    """||p_k - q_r||² chunk by chunk, [K, chunk]; zero where it is no more than ``rounding`` times its terms."""
-    squared = p.square().sum(1, keepdim=True)
+    """||p_k - q_r||² chunk by chunk, [chunk, K]; zero where it is no more than ``rounding`` times its terms."""
+    squared = p.square().sum(1)
     for span, chunk in rows.chunks():
-        scale = chunk.squared + squared
-        distance = chunk.dots(p).mul_(-2).add_(scale)
-        yield span, distance.masked_fill_(distance <= rounding * scale, 0)
+        of_row = chunk.squared[:, None]
+        distance = chunk.closeness(p, squared / 2).mul_(-2).add_(of_row)
+        yield span, distance.masked_fill_(distance <= rounding * (of_row + squared), 0)
 
 
 def _assess(rows: Rows, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -287,10 +287,10 @@ def _assess(rows: Rows, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
     best = torch.full((restarts * k,), torch.inf, device=p.device)
     nearest = torch.zeros(restarts * k, dtype=torch.int64, device=p.device)
     for span, distance in _squared_distances(rows, p.flatten(0, 1)):
-        least, label = distance.view(restarts, k, -1).min(1)
-        inertia += least.sum(1, dtype=torch.float64)
-        sizes.scatter_add_(1, label, torch.ones_like(label))
-        value, index = distance.min(1)
+        least, label = distance.view(-1, restarts, k).min(2)
+        inertia += least.sum(0, dtype=torch.float64)
+        sizes.scatter_add_(1, label.T, torch.ones_like(label.T))
+        value, index = distance.min(0)
         nearest = torch.where(value < best, index + span.start, nearest)
         best = torch.minimum(value, best)
     return inertia, sizes, nearest.view(restarts, k)
@@ -302,6 +302,6 @@ def _mean_variance(rows: Rows) -> float:
     squared = 0.0
     for _, chunk in rows.chunks():
         squared += float(chunk.squared.sum(dtype=torch.float64))
-        total += chunk.sums(torch.ones_like(chunk.squared)[None])[0]
+        total += chunk.sums(torch.ones_like(chunk.squared)[:, None])[0]
     n = len(rows)
     return max(0.0, squared / n - float((total / n).square().sum())) / rows.dim

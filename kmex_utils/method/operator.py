@@ -29,30 +29,29 @@ class _Upsampling:
         one_hot = [torch.eye(n)[None] for n in size]
         linear = partial(F.interpolate, mode="linear", align_corners=align_corners)
         a_h, a_w = (linear(e, n)[0].T.contiguous() for e, n in zip(one_hot, out, strict=True))
-        self.same_grid = out == size
+        self.size, self.same_grid = size, out == size
+        self.interpolate = partial(F.interpolate, size=out, mode="bilinear", align_corners=align_corners)
         self.a_h, self.a_w = a_h.to(device, dtype), a_w.to(device, dtype)
-        small = a_h.numel() * a_w.numel() <= products.SMALL_DOWN
-        self.a = _both(torch.mul, a_h, a_w).to(device, dtype) if small else None
         # A row of u is made of at most four positions: these, [R', 4], and their shares in it.
         (share_h, tap_h), (share_w, tap_w) = (a.topk(min(2, a.shape[1]), 1) for a in (a_h, a_w))
         self.shares = _both(torch.mul, share_h, share_w).to(device, dtype)
         self.taps = _both(torch.add, tap_h * size[1], tap_w).to(device)
 
     def up(self, maps: torch.Tensor) -> torch.Tensor:
-        """A maps: [K, n R_b] -> [K, n R']."""
+        """A maps: [n R_b, K] -> [n R', K]."""
         if self.same_grid:
             return maps
-        if self.a is not None and self.a.numel() <= products.SMALL_UP:
-            return products.dots(maps.view(-1, self.a.shape[1]), self.a).view(len(maps), -1)
-        return _axis_by_axis(maps, self.a_h, self.a_w)
+        k = maps.shape[1]
+        wide = self.interpolate(maps.view(-1, *self.size, k).permute(0, 3, 1, 2))  # channels last: 4 times as fast
+        return wide.permute(0, 2, 3, 1).reshape(-1, k)
 
     def down(self, maps: torch.Tensor) -> torch.Tensor:
-        """Aᵀ maps: [K, n R'] -> [K, n R_b]."""
+        """Aᵀ maps: [n R', K] -> [n R_b, K]."""
         if self.same_grid:
             return maps
-        if self.a is not None:
-            return (maps.view(-1, len(self.a)) @ self.a).view(len(maps), -1)
-        return _axis_by_axis(maps, self.a_h.T, self.a_w.T)
+        k, (height, width) = maps.shape[1], (len(self.a_h), len(self.a_w))
+        narrow = self.a_h.T @ maps.view(-1, height, width * k)
+        return (self.a_w.T @ narrow.view(-1, width, k)).view(-1, k)
 
     def squared_channels(self, x: torch.Tensor) -> torch.Tensor:
         """||u_c||² over positions, as x_cᵀ (AᵀA) x_c, for x [n, D, H, W]: [n, D]."""
@@ -85,12 +84,6 @@ def _both(combine: Callable[..., torch.Tensor], along_h: torch.Tensor, along_w: 
     return combine(along_h[:, None, :, None], along_w[:, None]).reshape(len(along_h) * len(along_w), -1)
 
 
-def _axis_by_axis(maps: torch.Tensor, a_h: torch.Tensor, a_w: torch.Tensor) -> torch.Tensor:
-    """(a_h ⊗ a_w) maps, along the width, then along the height."""
-    wide = maps.view(-1, a_w.shape[1]) @ a_w.T
-    return (a_h @ wide.view(-1, a_h.shape[1], len(a_w))).view(len(maps), -1)
-
-
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Inner products over channels, [n, H, W, D] each -> [n, H, W]."""
     return (a * b).sum(3)
@@ -103,7 +96,7 @@ def _inverse_root(squared: torch.Tensor) -> torch.Tensor:
 class _Block:
     """Eq. 8: x(b) of some images at its own resolution, [n R_b, D_b]; u = A x is never formed.
 
-    ``s`` [n R'] is the scale of each row of u, ``squared`` [n R'] the squared length of each scaled row.
+    ``s`` [n R', 1] is the scale of each row of u, ``squared`` [n R'] the squared length of each scaled row.
     """
 
     def __init__(self, x: torch.Tensor, out: Grid, normalisation: Normalisation, factor: float) -> None:
@@ -120,11 +113,15 @@ class _Block:
                 s = factor * _inverse_root(squared.sum(1, keepdim=True)).expand_as(squared)
             case _:  # channel: already divided
                 s = torch.full_like(squared, factor)
-        self.s = s.flatten()
-        self.squared = (self.s * squared.flatten().sqrt()) ** 2
+        self.s = s.reshape(-1, 1)
+        self.squared = (s * squared.sqrt()).flatten() ** 2
+
+    def dots(self, p: torch.Tensor) -> torch.Tensor:
+        """u_r · p_k before the rows of u are scaled, [n R', K]."""
+        return self.a.up(products.dots(self.x, p))
 
     def bags(self, index: torch.Tensor, weights: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        weights = weights * self.s[index]
+        weights = weights * self.s[index, 0]
         if not self.a.same_grid:
             positions, taps = self.a.taps.shape
             image, position = index // positions, index % positions
@@ -146,21 +143,17 @@ class _Chunk:
         if not torch.isfinite(self.squared.sum()):
             raise ValueError("the activations hold NaN or infinite values: check the images and the weights")
 
-    def dots(self, p: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-        """p_k · q_r for p [K, Σ D_b], or its columns by block: [K, rows]."""
-        if isinstance(p, torch.Tensor):
-            p = p.split([block.channels for block in self.blocks], 1)
-        first = self.blocks[0]
-        if first.a.same_grid:  # fewer numbers to scale than after the product
-            total = products.dots(p[0], first.x * first.s[:, None])
-        else:
-            total = first.a.up(products.dots(p[0], first.x)) * first.s
-        for block, p_b in zip(self.blocks[1:], p[1:], strict=True):
-            total.addcmul_(block.a.up(products.dots(p_b, block.x)), block.s)
+    def closeness(self, p: torch.Tensor | Sequence[torch.Tensor], half: torch.Tensor) -> torch.Tensor:
+        """p_k · q_r less half_k, [rows, K], for p [K, Σ D_b], or its columns by block."""
+        columns = p.split([block.channels for block in self.blocks], 1) if isinstance(p, torch.Tensor) else p
+        first, *deeper = zip(self.blocks, columns, strict=True)
+        total = torch.addcmul(-half, first[0].dots(first[1]), first[0].s)
+        for block, p_b in deeper:
+            total.addcmul_(block.dots(p_b), block.s)
         return total
 
     def sums(self, weights: torch.Tensor) -> torch.Tensor:
-        return torch.cat([block.a.down(weights * block.s) @ block.x for block in self.blocks], 1)
+        return torch.cat([block.a.down(weights * block.s).T @ block.x for block in self.blocks], 1)
 
     def bags(self, index: torch.Tensor, weights: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         return torch.cat([block.bags(index, weights, starts) for block in self.blocks], 1)
@@ -225,7 +218,7 @@ class CompositeRows:
         return iter(self._kept) if self._kept is not None else self._chunks()
 
     def columns(self, p: torch.Tensor) -> list[torch.Tensor]:
-        """The columns of p [K, Σ D_b] by block, for repeated use in ``dots``."""
+        """The columns of p [K, Σ D_b] by block, for repeated use in ``closeness``."""
         return [part.contiguous() for part in p.split(self._channels, 1)]
 
     def nearest(self, p: torch.Tensor, among: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,11 +228,11 @@ class CompositeRows:
         """
         p, least = p.to(self.device), []
         for span, chunk in self.chunks():  # chunks are whole images
-            distance = chunk.squared - 2 * chunk.dots(p)
+            distance = chunk.squared[:, None] - 2 * chunk.closeness(p, p.new_zeros(len(p)))
             if among is not None:
-                distance = distance.masked_fill(~among[:, span].to(self.device), torch.inf)
-            least.append(distance.view(len(p), -1, self.rows_per_image).min(2))
-        distance, position = (torch.cat(part, 1).cpu() for part in zip(*least, strict=True))
+                distance = distance.masked_fill(~among[:, span].T.to(self.device), torch.inf)
+            least.append(distance.view(-1, self.rows_per_image, len(p)).min(1))
+        distance, position = (torch.cat(part).T.cpu() for part in zip(*least, strict=True))
         return distance, position
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
