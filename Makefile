@@ -52,7 +52,7 @@ lab: .venv/.complete ## step through the notebooks
 	@echo "Installing the pinned environment into .venv: a few minutes, several GB on Linux (PyTorch brings CUDA)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --progress-bar on -r requirements.txt
+	$(BIN)/python -m pip install --quiet --progress-bar on --no-compile -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

@@ -42,7 +42,12 @@ def digits():
 @pytest.fixture(scope="session")
 def network(digits):
     """A frozen network for them, of random weights."""
-    trainable = networks.for_training("resnet18", digits.classes, "scratch", digits.input, seed=0)
+    return untrained(digits)
+
+
+def untrained(images, seed=0):
+    """A frozen ResNet18 for the classes of some images, of random weights."""
+    trainable = networks.for_training("resnet18", images.classes, "scratch", images.input, seed=seed)
     return trainable.eval().requires_grad_(False)
 
 

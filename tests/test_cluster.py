@@ -8,9 +8,10 @@ import time
 
 import pytest
 import yaml
+from conftest import small, untrained
 from test_batch import TINY, batch, configuration, tables, wait_for
 
-from kmex_utils import data, networks, paths
+from kmex_utils import data, paths
 from kmex_utils.paper.batch import TAKES
 from kmex_utils.paper.runs import Run
 from kmex_utils.paper.shards import work
@@ -58,9 +59,8 @@ def profile(folder):
 @pytest.fixture
 def trained(tmp_path):
     """Two folders of runs with one network, which is not trained, and what notebook 4 is to do with it."""
-    own = data.own_input("mnist-mini")
-    images = data.load("mnist-mini", data.Input(32, own.mean, own.std), images_per_class=20, classes="0,1,2,3")
-    network = networks.for_training("resnet18", images.classes, "scratch", images.input, seed=2).eval()
+    images = data.load("mnist-mini", small(), images_per_class=20, classes="0,1,2,3")
+    network = untrained(images, seed=2)
     runs = [Run.of(tmp_path / place / "runs", "mnist-mini", 0) for place in ("here", "there")]
     for run in runs:
         run.save_training(network, images, {"data": images.settings, "prototypes_per_class": 5})

@@ -1,7 +1,7 @@
 """Kills and full disks at random moments: what comes out is what an uninterrupted run leaves, to the last bit.
 
 ``KMEX_HARDENING`` is how often the batch is killed, the export is killed, and the disk is full: ``make hardening``
-takes 50, 20 and 10, the suite 3, 1 and 1. The moments are drawn from the time that an uninterrupted run takes.
+takes 50, 20 and 10, the suite 2, 1 and 1. The moments are drawn from the time that an uninterrupted run takes.
 """
 
 import os
@@ -26,7 +26,7 @@ from PIL import Image
 import kmex_utils as kmex
 from kmex_utils import data, paths, store
 
-KILLS, EXPORTS, DISKS = map(int, os.environ.get("KMEX_HARDENING", "3 1 1").split())
+KILLS, EXPORTS, DISKS = map(int, os.environ.get("KMEX_HARDENING", "2 1 1").split())
 KINDS = ["command", "kernel", "SIGTERM", "groups", "SIGINT"]
 SMALLEST = {"image_size": 32, "images_per_class": 6, "classes": "0,1", "arch": "shufflenet_v2_x0_5", "epochs": 2}
 SMALLEST |= {"batch_size": 4, "precision": "float32", "restarts": 1, "prototypes_per_class": 1, "joint_epochs": 1}

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from conftest import small, untrained
 from torch import nn
 
-from kmex_utils import data, networks
+from kmex_utils import data
 from kmex_utils.explanation.activations import STORES, embed, keep
 from kmex_utils.explanation.passed import Passed
 from kmex_utils.method.composite import Normalisation, composite
@@ -15,13 +16,12 @@ INDEX = torch.tensor([7, 3, 3, 39, 0])
 
 @pytest.fixture(scope="module")
 def images():
-    own = data.own_input("mnist-mini")
-    return data.load("mnist-mini", data.Input(64, own.mean, own.std), images_per_class=4)
+    return data.load("mnist-mini", small(64), images_per_class=4)
 
 
 @pytest.fixture(scope="module")
 def network(images):
-    return networks.for_training("resnet18", images.classes, "scratch", images.input, seed=2).eval()
+    return untrained(images, seed=2)
 
 
 @pytest.mark.parametrize("store", STORES)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import small
 
 from kmex_utils import data, networks, paths, store
 from kmex_utils.method.explainers import KMEx
@@ -15,8 +16,7 @@ ARCH = "shufflenet_v2_x0_5"  # small and of the paper's form
 
 @pytest.fixture(scope="module")
 def digits():
-    own = data.own_input("mnist-mini")
-    return data.load("mnist-mini", data.Input(32, own.mean, own.std), images_per_class=3)
+    return data.load("mnist-mini", small(), images_per_class=3)
 
 
 def trained(digits, seed=0, bias=False):

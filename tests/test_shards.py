@@ -7,8 +7,9 @@ from dataclasses import fields
 
 import pytest
 import torch
+from conftest import small, untrained
 
-from kmex_utils import data, networks, paths, store
+from kmex_utils import data, paths, store
 from kmex_utils.explanation.nearest import Nearest
 from kmex_utils.explanation.passed import Passed, Shard
 from kmex_utils.method.composite import Normalisation
@@ -21,13 +22,12 @@ HOW = {"seed": 3, "restarts": 2}
 
 @pytest.fixture(scope="module")
 def images():
-    own = data.own_input("mnist-mini")
-    return data.load("mnist-mini", data.Input(32, own.mean, own.std), images_per_class=6)
+    return data.load("mnist-mini", small(), images_per_class=6)
 
 
 @pytest.fixture(scope="module")
 def network(images):
-    return networks.for_training("resnet18", images.classes, "scratch", images.input, seed=2).eval()
+    return untrained(images, seed=2)
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 7, 10])
