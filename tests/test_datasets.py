@@ -9,6 +9,7 @@ import resource
 import shutil
 import struct
 import tarfile
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from kmex_utils import paths
+from kmex_utils import paths, store
 from kmex_utils.data import Input, count, held_out, load, own_input, reading, reopen, sources
 from kmex_utils.explanation.activations import keep
 from kmex_utils.store import load_json, save_json
@@ -642,6 +643,19 @@ def test_without_a_network_the_file_to_place_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CUB_URL", "http://127.0.0.1:9/CUB_200_2011.tgz")
     with pytest.raises(ConnectionError, match=re.escape(f"put CUB_200_2011.tgz into {tmp_path}")):
         load("cub200", data=tmp_path)
+
+
+def test_of_two_that_fetch_one_waits(mnist):
+    """Else the second finds a file that the first is unpacking, and takes it for damaged."""
+    root, _ = mnist
+    loaded = []
+    second = threading.Thread(target=lambda: loaded.append(load("mnist", data=root)), daemon=True)
+    with store.lock(root / "MNIST" / "raw" / ".fetching.lock"):
+        second.start()
+        second.join(1)
+        assert second.is_alive() and not loaded
+    second.join(60)
+    assert len(loaded[0].train) == len(load("mnist", data=root).train)
 
 
 def test_gz_files_that_are_not_the_official_ones_are_refused(mnist, no_network):

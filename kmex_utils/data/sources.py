@@ -5,10 +5,11 @@ import glob
 import hashlib
 import io
 import operator
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,10 @@ def _mnist(data: Path) -> Listing:
     from torchvision.datasets import MNIST
 
     raw = data / "MNIST" / "raw"
-    for file in raw.glob("*-ubyte"):  # torchvision takes one that a kill left as it is
-        if not _whole(file):
-            file.unlink()
-    with _downloading("the four MNIST .gz files", raw):
+    with _alone(raw), _downloading("the four MNIST .gz files", raw):
+        for file in raw.glob("*-ubyte"):  # torchvision takes one that a kill left as it is
+            if not _whole(file):
+                file.unlink()
         splits = [MNIST(data, train=train, download=True) for train in (True, False)]
     pixels = [split.data.numpy()[:, None] for split in splits]
     return _in_memory("0123456789", pixels, [split.targets.numpy() for split in splits])
@@ -126,7 +127,7 @@ def _mnist(data: Path) -> Listing:
 def _stl10(data: Path) -> Listing:
     from torchvision.datasets import STL10
 
-    with _downloading("stl10_binary.tar.gz", data):
+    with _alone(data), _downloading("stl10_binary.tar.gz", data):
         splits = [STL10(data, split=split, download=True) for split in ("train", "test")]
     classes = (data / "stl10_binary" / "class_names.txt").read_text(encoding="utf-8").split()
     return _in_memory(classes, [split.data for split in splits], [split.labels for split in splits])
@@ -142,8 +143,7 @@ def _whole(idx: Path) -> bool:
 def _cub200(data: Path, crop: bool) -> Listing:
     root, archive = data / "CUB_200_2011", data / "CUB_200_2011.tgz"
     if not _extracted(root):
-        data.mkdir(parents=True, exist_ok=True)
-        with lock(data / ".CUB_200_2011.lock", seconds=86_400):  # of two processes one waits for the other
+        with _alone(data):
             if not archive.exists() and not _extracted(root):
                 from torchvision.datasets.utils import download_url
 
@@ -193,10 +193,15 @@ def extract_cub(archive: Path, data: Path) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _alone(where: Path) -> AbstractContextManager[Any]:
+    """Of two processes that fetch into a folder one waits for the other; what cannot be written to is not fetched."""
+    where.mkdir(parents=True, exist_ok=True)
+    return lock(where / ".fetching.lock", seconds=86_400) if os.access(where, os.W_OK) else nullcontext()
+
+
 @contextmanager
 def _downloading(what: str, where: Path) -> Iterator[None]:
     """A missing network is one line that says which file to put where."""
-    where.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except (OSError, RuntimeError) as error:
