@@ -23,7 +23,7 @@
 # $$q_{h,r} \cdot p = \sum_b \frac{1}{D_b\lVert u^{(b)}_r\rVert}\,\bigl[A_b\,(x^{(b)} p^{(b)})\bigr]_r .$$
 #
 # $A_b$ acts on positions and the dot product on channels, so both commute: the product is taken on the low-resolution
-# activations, and only its result is upsampled ([operator.py](../kmex_utils/method/operator.py), where this is `dots`).
+# activations, and only its result is upsampled ([operator.py](../kmex_utils/method/operator.py), `closeness`).
 # This notebook measures what that is worth **on this machine**: against materialising $q_h$ for scikit-learn and faiss,
 # against a bare forward pass, and against Grad-CAM and Integrated Gradients from captum. Methods take turns in one run;
 # medians are quoted.

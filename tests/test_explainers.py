@@ -7,6 +7,7 @@ from conftest import blocks_of
 
 from kmex_utils import networks
 from kmex_utils.data import own_input
+from kmex_utils.method import products
 from kmex_utils.method.attribution import attribution, carried, chance, contributions, segment_mean, upsample
 from kmex_utils.method.composite import GRIDS, PRINTED, Normalisation, composite
 from kmex_utils.method.explainers import CNNAsSEM, EncoderKMeans, KMEx, avg_pool, block_name, block_names
@@ -88,6 +89,18 @@ def test_encoder_is_eq_9_and_10(start_block):
         counts = one_hot.sum(0)
         expected = torch.nn.functional.avg_pool1d(counts[None, None], 2)[0, 0]
         torch.testing.assert_close(y[n], expected)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 16, 40])
+def test_prototypes_compared_in_parts(at_a_time, generator, monkeypatch):
+    monkeypatch.setattr(products, "MAP_PROTOTYPES", at_a_time)
+    blocks = blocks_of(n=4, seed=3)
+    q = composite(blocks, Normalisation()).flatten(0, 1)
+    p = prototypes(q[torch.randperm(len(q), generator=generator)[:40]] + 0.001, [0] * 20 + [1] * 20)
+    explainer = EncoderKMeans(p, 2, 1, Normalisation())
+    distance = torch.cdist(q.double(), p.vectors.double())
+    chosen = distance.gather(1, explainer.sim(explainer.h(blocks)).flatten()[:, None])
+    torch.testing.assert_close(chosen[:, 0], distance.amin(1), rtol=1e-5, atol=1e-8)
 
 
 def test_ties_go_to_the_lowest_index():

@@ -265,7 +265,7 @@ def _draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def _shrink(rows: Rows, centroids: torch.Tensor, closest: torch.Tensor) -> None:
     """Lower ``closest`` [n, R] to the squared distance to one more centroid of each restart, [R, D]."""
-    # float32 rounds by 1.2e-7 of a term; within three of these a row is the centroid itself and not drawn again
+    # float32 rounds by 1.2e-7 of a term; within about three of these a row is the centroid itself and not drawn again
     for span, distance in _squared_distances(rows, centroids, rounding=4e-7):
         closest[span] = torch.minimum(closest[span], distance)
 

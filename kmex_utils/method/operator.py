@@ -26,7 +26,7 @@ class _Upsampling:
     """Eq. 7: A = A_h ⊗ A_w [R', R_b], bilinear from the R_b positions of a block to the R' of the shared grid."""
 
     def __init__(self, out: Grid, size: Grid, align_corners: bool, dtype: torch.dtype, device: torch.device) -> None:
-        one_hot = [torch.eye(n)[None] for n in size]
+        one_hot = [torch.eye(n, dtype=dtype)[None] for n in size]
         linear = partial(F.interpolate, mode="linear", align_corners=align_corners)
         a_h, a_w = (linear(e, n)[0].T.contiguous() for e, n in zip(one_hot, out, strict=True))
         self.size, self.same_grid = size, out == size
@@ -228,9 +228,9 @@ class CompositeRows:
         """
         p, least = p.to(self.device), []
         for span, chunk in self.chunks():  # chunks are whole images
-            distance = chunk.squared[:, None] - 2 * chunk.closeness(p, p.new_zeros(len(p)))
+            distance = chunk.closeness(p, p.new_zeros(len(p))).mul_(-2).add_(chunk.squared[:, None])
             if among is not None:
-                distance = distance.masked_fill(~among[:, span].T.to(self.device), torch.inf)
+                distance.masked_fill_(~among[:, span].T.to(self.device), torch.inf)
             least.append(distance.view(-1, self.rows_per_image, len(p)).min(1))
         distance, position = (torch.cat(part).T.cpu() for part in zip(*least, strict=True))
         return distance, position
