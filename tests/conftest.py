@@ -1,6 +1,7 @@
 import gc
 import os
 import urllib.request
+from collections import Counter
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -19,13 +20,13 @@ torch.set_num_threads(1)
 gc.set_threshold(10_000, 20, 10)  # a tenth of the time would go into looking for garbage among torch's modules
 
 
+FIRST = ("test_hardening", "test_cluster", "test_batch", "test_site")  # minutes, of few tests
+
+
 def pytest_collection_modifyitems(items):
-    """The slow ones last, so that a broken equation shows first."""
-    items.sort(
-        key=lambda item: len(
-            {"notebook", "batch", "browser", "hardening"} & {mark.name for mark in item.iter_markers()}
-        )
-    )
+    """These files first, then those with most tests: else one of two workers ends alone with what takes minutes."""
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in FIRST, -count[item.path]))
 
 
 @pytest.fixture
