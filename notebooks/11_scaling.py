@@ -137,8 +137,8 @@ figure.legend(
 drawing.save(figure, folder / "fit")
 
 # %% [markdown]
-# On two cores ([table](../figures/scaling/fit.csv)) the engine took a sixth of scikit-learn's time and memory in this
-# shape, at the same inertia, and was three to seven times as fast in the other cases. From B4 alone nothing is
+# On two cores ([table](../figures/scaling/fit.csv)) the engine took less than a fifth of scikit-learn's time and memory
+# in this shape, at the same inertia, and was three to six times as fast in the other cases. From B4 alone nothing is
 # upsampled, and it needs more memory than scikit-learn. Mini-batches are faster with many images and end at a slightly
 # higher inertia.
 
@@ -175,7 +175,7 @@ axes.invert_yaxis()
 drawing.save(figure, folder / "explain")
 
 # %% [markdown]
-# All three maps and the attribution cost less than half a forward pass, materialised $q_h$ more than a whole one.
+# All three maps and the attribution cost less than half a forward pass, materialised $q_h$ more than half.
 # Grad-CAM needs one pass, Integrated Gradients about a hundred.
 
 # %% [markdown]
