@@ -20,6 +20,7 @@ from conftest import NOTEBOOKS
 
 from kmex_utils import cli, paths, store
 from kmex_utils.paper import batch as workflow
+from kmex_utils.paper import estimate
 
 TINY = {
     "image_size": 32,
@@ -326,6 +327,14 @@ def test_kill_and_resume(tmp_path):
     executed = json.loads((results / "notebooks" / "01_train.ipynb").read_text())
     assert "resuming after epoch" in json.dumps(executed)
     assert len(list((whole / "runs").glob("**/notebooks/*.html"))) == 5
+
+    # what is left, by what the runs recorded of their settings
+    for changed, left in (({}, []), ({"restarts": 3}, ["3", "4", "5"]), ({"epochs": 4}, ["1", "3", "4", "5"])):
+        rows = [
+            row for row in estimate.stages("mnist-mini", {**TINY, **changed}, [0], whole / "runs") if row["seconds"]
+        ]
+        assert [row["step"][0] for row in rows] == left
+        assert not any("recorded" in row["work"] for row in rows)
 
 
 @pytest.mark.parametrize(

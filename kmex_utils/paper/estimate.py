@@ -1,16 +1,18 @@
 """What a batch will take, before it starts: ``kmex estimate config/paper.yaml``.
 
-Where runs of a data set have recorded what a step took, that is its time. Else it is extrapolated from a few training
-steps and forward passes on random input, measured on this machine beside whatever else it does. Clustering is then a
-rough figure: forty iterations of each restart, at the FLOP/s of the forward pass. Left out are downloading and
-decoding, notebook 2 and those that draw, minutes each at most. A stage with a result counts as finished; Snakemake also
-makes anew what other parameters or changed code have outdated.
+Where runs of a data set have recorded what a step took by these settings, that is its time. Else it is extrapolated
+from a few training steps and forward passes on random input, measured on this machine beside whatever else it does.
+Clustering is then a rough figure: forty iterations of each restart, at the FLOP/s of the forward pass. Left out are
+downloading and decoding, notebook 2 and those that draw, minutes each at most. A stage counts as finished where its
+result is there and of these settings; Snakemake also makes anew what changed code has outdated.
 """
 
+import json
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from ..networks import catalogue
 from ..parameters import whole
 from ..training.protopnet import OPTIONS, Options
 from ..training.recipe import recipe
-from .batch import configuration
+from .batch import TAKES, configuration
 
 DOWNLOADS = {  # a file that is there once it is unpacked, and bytes with the archive
     "mnist": ("MNIST/raw/train-images-idx3-ubyte", 67e6),
@@ -33,6 +35,7 @@ DOWNLOADS = {  # a file that is there once it is unpacked, and bytes with the ar
     "cub200": ("CUB_200_2011/images.txt", 2.35e9),
 }
 ITERATIONS = 40  # of k-means
+OF_A_RUN = ("dataset", "seed", "threads", "runs")  # parameters that no entry sets
 MEASURED = 3.0  # seconds of steps and of passes at most; one may take longer
 
 Chosen = Mapping[str, Any]  # a data set's entry in the configuration; 0 and "" stand for what is not set
@@ -101,15 +104,28 @@ def images(name: str, chosen: Chosen) -> tuple[int, int, int, int]:
     return *count, chosen.get("image_size") or data.own_input(name).size[0]
 
 
-def recorded(runs: Path, step: str) -> float:
-    """Seconds that a notebook or a shard took in runs of the data set, whatever their settings; 0: not recorded.
+def of_these_settings(run: Path, notebook: str, chosen: Chosen) -> bool:
+    """Whether notebook 1 and ``notebook``, as far as they were executed for a run, were given an entry's settings."""
+    for name in ("01_train", notebook):
+        with suppress(FileNotFoundError, ValueError, KeyError):  # it ran elsewhere, or is being written
+            executed = json.loads((run / f"notebooks/{name}.ipynb").read_text(encoding="utf-8"))
+            took = executed["metadata"]["papermill"]["parameters"]
+            given = {key: value for key, value in took.items() if key not in OF_A_RUN}
+            if given != {key: chosen[key] for key in TAKES[name] if key in chosen}:
+                return False
+    return True
+
+
+def recorded(runs: Path, step: str, notebook: str, chosen: Chosen) -> float:
+    """Seconds that a notebook or a shard took in runs of the data set by an entry's settings; 0: not recorded.
 
     The median; of a training that was continued only the last part is recorded. Notebook 4 counts where it has not just
     gathered shards.
     """
     if step == "04_encoder" and any(runs.glob("seed-*/shards")):
         return 0.0
-    seconds = [pd.read_csv(file, sep="\t")["s"].iloc[0] for file in runs.glob(f"seed-*/cost/{step}.tsv")]
+    of_entry = [run for run in runs.glob("seed-*") if of_these_settings(run, notebook, chosen)]
+    seconds = [pd.read_csv(file, sep="\t")["s"].iloc[0] for run in of_entry for file in run.glob(f"cost/{step}.tsv")]
     return float(statistics.median(seconds)) if seconds else 0.0
 
 
@@ -129,12 +145,15 @@ def stages(name: str, chosen: Chosen, seeds: list[int], runs: Path) -> Iterator[
 
         A job takes ``seconds``: a notebook of a run or, of one in shards, ``fit`` or ``maps`` of a shard.
         """
-        runs_left = [of_seed for of_seed in folders if not (of_seed / f"results-{notebook[3:]}.json").exists()]
+        result = f"results-{notebook[3:]}.json"
+        done = [run for run in folders if (run / result).exists() and of_these_settings(run, notebook, chosen)]
+        runs_left = [run for run in folders if run not in done]
         left, jobs, cost, stage = len(runs_left), len(runs_left), notebook, step.split()[1]
         if stage in ("fit", "maps"):
             cost = f"shards/{stage}-*-of-{shards}"
-            jobs = sum(shards - len([*of_seed.glob(f"{cost}.safetensors")]) for of_seed in runs_left)
-        if took := recorded(runs / name, cost):
+            same = [run for run in runs_left if of_these_settings(run, notebook, chosen)]
+            jobs = shards * left - sum(len([*run.glob(f"{cost}.safetensors")]) for run in same)
+        if took := recorded(runs / name, cost, notebook, chosen):
             work, seconds = f"{work}, as recorded", took
         size = left * 4 * values + (jobs and once.get("disk", 0))
         amounts = {"seconds": jobs * seconds, "jobs": jobs, "bytes": size, "memory": jobs and once.get("memory", 0)}
