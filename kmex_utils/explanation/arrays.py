@@ -9,6 +9,7 @@ from torch import nn
 
 from ..networks.network import Target
 from .explained import AnyImage, Explained
+from .interpretation import enlarged
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,8 +47,8 @@ def labels(
     columns = {"prototype": prototypes, "class": classes, "share": counts / part.map.size}
     table = pd.DataFrame(columns, index=pd.Index(prototypes + 1, name="label"))
     return Labels(
-        _nearest(part.map + 1, picture.pixels.shape[1:]).astype(np.int32),
-        None if part.attribution is None else _nearest(part.attribution, picture.pixels.shape[1:]),
+        enlarged(part.map + 1, picture.pixels.shape[1:]).astype(np.int32),
+        None if part.attribution is None else enlarged(part.attribution, picture.pixels.shape[1:]),
         table.sort_values("share", ascending=False, kind="stable"),
     )
 
@@ -79,7 +80,7 @@ def attribute(
             raise ValueError(f"there are no attributions, as eq. 11 does not hold for {name}: {between}")
         wanted = torch.tensor([other == j for other in each]).expand(len(x))
         att[wanted] = by_block[b][wanted]
-    return _nearest(att.numpy(), x.shape[2:])
+    return enlarged(att.numpy(), x.shape[2:])
 
 
 def explain_func(
@@ -92,9 +93,3 @@ def explain_func(
         raise ValueError(f"{made_of}: explain() it, and give the explain_func of that")
     x = torch.as_tensor(inputs, dtype=torch.float32, device=next(network.parameters()).device)
     return attribute(explained, x, targets, **options)[:, None]
-
-
-def _nearest(values: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """[…, H, W] at a larger size: every position a block of pixels."""
-    rows, columns = (np.arange(n) * cells // n for n, cells in zip(size, values.shape[-2:], strict=True))
-    return values[..., rows[:, None], columns]

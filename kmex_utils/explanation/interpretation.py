@@ -1,5 +1,6 @@
 """The parts of Figure 1 for one image and one explainer: explanation map, attribution, nearest training patches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,14 +73,19 @@ def segment_patch(image: np.ndarray, segments: np.ndarray, position: int) -> np.
         int(np.clip(round((reached[0] + reached[-1] + 1) / 2 * cell - extent / 2), 0, length - extent))
         for reached, cell, extent, length in zip((rows, columns), cells, (height, width), image.shape[:2], strict=True)
     )
-    row_of, column_of = (np.arange(n) * count // n for n, count in zip(image.shape[:2], part.shape, strict=True))
     cut = np.s_[top : top + height, left : left + width]
-    inside, image = part[row_of][:, column_of][cut], image[cut]
+    inside, image = enlarged(part, image.shape[:2])[cut], image[cut]
     patch = np.where(inside[..., None], image, image + 0.1 * (255.0 - image))
     line = max(1, round(side / 50))  # seen where a patch is drawn as small as in Figure 1
     for thickness, colour in ((2 * line, 255), (line, 0)):  # black within white tells on any photograph
         patch[_around(inside, thickness)] = colour
     return patch.astype(np.uint8)
+
+
+def enlarged(values: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """[…, H, W] at a larger size: every position a block of pixels."""
+    rows, columns = (np.arange(n) * cells // n for n, cells in zip(size, values.shape[-2:], strict=True))
+    return values[..., rows[:, None], columns]
 
 
 def _around(inside: np.ndarray, thickness: int) -> np.ndarray:
