@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import kmex_utils as kmex
 from kmex_utils import paths
 from kmex_utils.data import Input
 from kmex_utils.method.explainers import CNNAsSEM
 from kmex_utils.networks import Network, for_training, load, network, theorem1_residual
+from kmex_utils.networks.head import Tail, another, same
 
 sys.path.insert(0, str(paths.ROOT / "benchmarks"))
 from heads import settle
@@ -517,6 +519,22 @@ class Repeated(nn.Module):
         for conv in self.convs:
             x = self.act(conv(x))
         return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("arch", "left"), [("resnet18", 0.01), ("vgg11", 1.0), ("densenet121", 0.01)])
+def test_what_passes_share_before_h_changes_none_of_them(arch, left):
+    """And saves what it is for, but in vgg11, whose ReLU changes every convolution's output in place."""
+    watched = settled(network(arch, "random", image_size=64))
+    head, through, before = watched._head, (watched.module, noise(watched)), {}
+    for change, share in ((same, 1.0), (another, left), (another, left)):
+        alone, shared = (Tail(head.h, head.y, change, before=given) for given in (None, before))
+        flop = []
+        for tail in (alone, shared):
+            with FlopCounterMode(display=False) as counter:
+                tail.run(*through)
+            flop.append(counter.get_total_flops())
+        assert torch.equal(alone.y, shared.y) and torch.equal(alone.h, shared.h)
+        assert flop[1] <= share * flop[0]
 
 
 def test_a_module_called_several_times(tmp_path):

@@ -14,7 +14,7 @@ tried with an h that has nothing to do with the images.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 _AT_ONCE = 2**25  # numbers that a gradient of many classes holds: 128 MiB
+_KEPT = 2**27  # numbers that convolutions before h may leave to the next pass: 512 MiB
 _MIXTURES = 4
 _POOLS_TRIED = 4  # the last ones: those of gates within the network are not the head's
 
@@ -51,7 +52,8 @@ class Tail(Pass):
 
     ``change`` makes it of the network's own, [N, D, H, W]. ``delta`` [N, D] is added to all its positions and has a
     gradient. ``factors`` are the gates and norms met; those of another pass, if given, are used in their place.
-    ``mix`` [M, C]: y are so many mixtures of the scores.
+    ``mix`` [M, C]: y are so many mixtures of the scores. Passes of the same images may share ``before``, what
+    convolutions before h gave: there they are alike, and most of the time goes there.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class Tail(Pass):
         change: Callable[[Tensor], Tensor],
         factors: Sequence[Tensor] | None = None,
         mix: Tensor | None = None,
+        before: "Before | None" = None,
     ) -> None:
         super().__init__()
         self.tap, self.layout, self.at_y, self.change, self.mix = *h, y, change, mix
+        self.before = before
         self.factors: list[Tensor] = []
         self.scales: list[Tensor] = []  # one number an image each
         self._given: Iterator[Tensor] | None = None if factors is None else iter(factors)
@@ -101,6 +105,8 @@ class Tail(Pass):
     def perform(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Gates and norms as factors, all else as it is."""
         a, name = (args[0] if args else None), func.__name__
+        if self._old is None and self.before is not None and name == "conv2d":
+            return self._convolved(self.before, func, args, kwargs)
         if self._past or not (isinstance(a, Tensor) and a.requires_grad):
             return func(*args, **kwargs)
         if name in _GATES:
@@ -123,6 +129,16 @@ class Tail(Pass):
         if name in _NORMS:
             return 1 / self._scale(1 / func(a.detach(), *args[1:], **kwargs))
         return func(*args, **kwargs)
+
+    def _convolved(self, before: "Before", func: Any, args: Any, kwargs: Any) -> Tensor:
+        """What the same call gave in an earlier pass, unless it was changed in place since."""
+        call = func, self._counts[func]
+        out, version = before.get(call, (None, 0))
+        if out is None or out._version != version:
+            out = cast(Tensor, func(*args, **kwargs))
+            if not out.is_inference() and sum(kept.numel() for kept, _ in before.values()) < _KEPT:
+                before[call] = out, out._version
+        return out
 
     def _scaled(self, a: Tensor, axes: list[int], eps: float) -> Tensor:
         return a * self._scale((a.detach().square().mean(axes, keepdim=True) + eps).rsqrt())
@@ -169,6 +185,7 @@ class Tail(Pass):
 
 
 Change = Callable[[Tensor], Tensor]
+Before = dict[Any, tuple[Tensor, int]]  # by call, with the version of the tensor
 Affine = tuple[Tensor, Tensor, Tensor]  # c [C, D], b [C] and t [C]
 
 
@@ -349,9 +366,10 @@ def _form(trace: Trace, h: tuple[Tap, Layout], y: Value) -> tuple[str, str] | No
     """
     close, scores = max(y.close, 1e-4), y.means[0]
     mix = torch.randn(_MIXTURES, scores.shape[1], generator=torch.Generator().manual_seed(2)).to(scores)
+    before: Before = {}
 
     def tail(module: nn.Module, x: Tensor, change: Change, factors: Sequence[Tensor] | None = None) -> Tail:
-        tail = Tail(h, _tap(y), change, factors, mix)
+        tail = Tail(h, _tap(y), change, factors, mix, before)
         tail.run(module, x)
         return tail
 
@@ -362,7 +380,7 @@ def _form(trace: Trace, h: tuple[Tap, Layout], y: Value) -> tuple[str, str] | No
             return None
         other = tail(*through, another)
         if len(own.scales) == len(own.factors):
-            affine = _affine(tail, *through)
+            affine = _affine(tail, *through, own)
             if equal(affine[0], mix, close):  # the maps of the scores themselves
                 return None
             if all(equal(one.y.detach(), one.fixed(affine), close) for one in (own, other)):
@@ -377,8 +395,8 @@ def _form(trace: Trace, h: tuple[Tap, Layout], y: Value) -> tuple[str, str] | No
         return None
 
 
-def _affine(tail: Callable[..., Tail], module: nn.Module, x: Tensor) -> Affine:
-    own = tail(module, x, same)
+def _affine(tail: Callable[..., Tail], module: nn.Module, x: Tensor, own: Tail | None = None) -> Affine:
+    own = own or tail(module, x, same)
     scale = own.scale[0]
     c = own.columns()[:, 0] / scale
     # at h = 0 y is s b + t, without what a difference of y and z · c would round away

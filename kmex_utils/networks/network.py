@@ -33,6 +33,8 @@ SETTINGS, WEIGHTS, HEAD = "network.json", "weights.safetensors", "head.safetenso
 NO_FILES = ("imagenet", "random", "scratch")  # other weights are files; the last two are the same
 SCORES = 8  # outputs whose scores on noise are saved
 SCORES_DIFFER = 1e-3  # relative to the largest: far above another chip's rounding, far below another forward
+# of architectures for training, found once: head, blocks at the library's size, where resolutions are far apart, D
+_FOUND: dict[tuple[str, str, bool], tuple[str, tuple[str, ...], int]] = {}
 
 
 class Network(nn.Module):
@@ -480,21 +482,23 @@ def for_training(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = build(arch, arch_args, imagenet=weights == "imagenet", transform_input=False)
-        whole = Network(made.module, input=made.input, name=arch)
-        if whole.form != "linear" or not isinstance(whole.classifier, nn.Linear):
-            why = whole.between or f"its head is {whole.form}, not one linear layer"
-            raise ValueError(f"{arch} is not of the paper's form (eq. 1, 2): {why}")
-        head = nn.Linear(whole.c.shape[1], len(classes), bias=bias)
-    made.module.set_submodule(whole.head, head)
+        which = arch, repr(arch_args), weights == "imagenet"
+        if which not in _FOUND:
+            whole = Network(made.module, input=made.input, name=arch)
+            if whole.form != "linear" or not isinstance(whole.classifier, nn.Linear):
+                why = whole.between or f"its head is {whole.form}, not one linear layer"
+                raise ValueError(f"{arch} is not of the paper's form (eq. 1, 2): {why}")
+            _FOUND[which] = whole.head, (*whole.blocks[:-1], H), whole.c.shape[1]
+        where, blocks, depth = _FOUND[which]
+        head = nn.Linear(depth, len(classes), bias=bias)
+    made.module.set_submodule(where, head)
     if content is not None:
         state = fitting(made.module, content, weights)
-        shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] == whole.head}
-        if shapes != {f"{whole.head}.{key}": value.shape for key, value in head.state_dict().items()}:
+        shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] == where}
+        if shapes != {f"{where}.{key}": value.shape for key, value in head.state_dict().items()}:
             state = {key: value for key, value in state.items() if key not in shapes}
-        load_into(made.module, state, arch, weights, without=whole.head)
+        load_into(made.module, state, arch, weights, without=where)
     _channels_last(made.module)
-    # blocks as they are at the library's size, where resolutions are far apart
-    blocks, where = (*whole.blocks[:-1], H), whole.head
     return Network(
         made.module, blocks=blocks, head=where, classes=classes, input=input, name=arch, reference=made.reference
     )
