@@ -20,11 +20,11 @@ check: .venv/.complete ## before a commit: format, lint, types, unit tests; two 
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not (notebook or batch or browser or hardening or slow)"
 
-test: .venv/.complete ## everything: as check, with notebooks, workflow and browser
+test: .venv/.complete ## everything: as check, with notebooks, workflow and browser; a third process works while two wait
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 hardening: .venv/.complete ## 50 kills of the batch, 20 of the export, 10 full disks at random moments; prints counts and minutes
 	OMP_NUM_THREADS=1 KMEX_HARDENING="50 20 10" $(BIN)/python -m pytest -s -m hardening tests/test_hardening.py
