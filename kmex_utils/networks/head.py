@@ -45,6 +45,7 @@ _AT_ONCE = 2**25  # numbers that a gradient of many classes holds: 128 MiB
 _KEPT = 2**27  # numbers that convolutions before h may leave to the next pass: 512 MiB
 _MIXTURES = 4
 _POOLS_TRIED = 4  # the last ones: those of gates within the network are not the head's
+Before = dict[Any, tuple[Tensor, int]]  # what convolutions gave, by call, and the version of the tensor
 
 
 class Tail(Pass):
@@ -63,7 +64,7 @@ class Tail(Pass):
         change: Callable[[Tensor], Tensor],
         factors: Sequence[Tensor] | None = None,
         mix: Tensor | None = None,
-        before: "Before | None" = None,
+        before: Before | None = None,
     ) -> None:
         super().__init__()
         self.tap, self.layout, self.at_y, self.change, self.mix = *h, y, change, mix
@@ -130,7 +131,7 @@ class Tail(Pass):
             return 1 / self._scale(1 / func(a.detach(), *args[1:], **kwargs))
         return func(*args, **kwargs)
 
-    def _convolved(self, before: "Before", func: Any, args: Any, kwargs: Any) -> Tensor:
+    def _convolved(self, before: Before, func: Any, args: Any, kwargs: Any) -> Tensor:
         """What the same call gave in an earlier pass, unless it was changed in place since."""
         call = func, self._counts[func]
         out, version = before.get(call, (None, 0))
@@ -185,7 +186,6 @@ class Tail(Pass):
 
 
 Change = Callable[[Tensor], Tensor]
-Before = dict[Any, tuple[Tensor, int]]  # by call, with the version of the tensor
 Affine = tuple[Tensor, Tensor, Tensor]  # c [C, D], b [C] and t [C]
 
 

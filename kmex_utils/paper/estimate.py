@@ -145,14 +145,13 @@ def stages(name: str, chosen: Chosen, seeds: list[int], runs: Path) -> Iterator[
 
         A job takes ``seconds``: a notebook of a run or, of one in shards, ``fit`` or ``maps`` of a shard.
         """
-        result = f"results-{notebook[3:]}.json"
-        done = [run for run in folders if (run / result).exists() and of_these_settings(run, notebook, chosen)]
-        runs_left = [run for run in folders if run not in done]
-        left, jobs, cost, stage = len(runs_left), len(runs_left), notebook, step.split()[1]
+        same = [run for run in folders if of_these_settings(run, notebook, chosen)]
+        begun = [run for run in same if not (run / f"results-{notebook[3:]}.json").exists()]
+        left = jobs = len(folders) - len(same) + len(begun)
+        cost, stage = notebook, step.split()[1]
         if stage in ("fit", "maps"):
             cost = f"shards/{stage}-*-of-{shards}"
-            same = [run for run in runs_left if of_these_settings(run, notebook, chosen)]
-            jobs = shards * left - sum(len([*run.glob(f"{cost}.safetensors")]) for run in same)
+            jobs = shards * left - sum(len([*run.glob(f"{cost}.safetensors")]) for run in begun)
         if took := recorded(runs / name, cost, notebook, chosen):
             work, seconds = f"{work}, as recorded", took
         size = left * 4 * values + (jobs and once.get("disk", 0))
